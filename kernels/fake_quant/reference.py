@@ -1,0 +1,17 @@
+"""The oracle of fake_quant: in, and out again."""
+import jax.numpy as jnp
+
+from lean_jax.kernels.int8_matmul.reference import quantize_rows
+from lean_jax.quantize import formats
+
+
+def fake_quant(w, spec):
+  """w [..., I, O] after a round trip through the format `spec`, in its own dtype."""
+  codes, scale, zero = formats.quantize(w, spec)
+  return formats.dequantize(codes, scale, zero, spec, w.dtype)
+
+
+def fake_quant_rows(x):
+  """x [... M K] after a round trip through 8 bits, one range a row."""
+  codes, scale = quantize_rows(x)
+  return (codes.astype(jnp.float32) * scale).astype(x.dtype)

@@ -1,0 +1,1 @@
+"""Adapters: small trainable parts on a frozen model."""

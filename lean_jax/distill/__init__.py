@@ -1,0 +1,1 @@
+"""Distillation: losses between a student and a teacher, and how a student starts."""

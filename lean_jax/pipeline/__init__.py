@@ -1,0 +1,1 @@
+"""Experiments from a config: ordered variants of a model, measured, and claims about them."""

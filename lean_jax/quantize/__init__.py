@@ -1,0 +1,1 @@
+"""Quantization: formats, and methods that bring a weight into them."""

@@ -1,0 +1,124 @@
+"""Parameters as a tree of named weights: rules, the parts that train, and sizes."""
+import difflib
+import re
+
+import jax
+
+from lean_jax.errors import InputError
+from lean_jax.weights import Weight
+
+
+def is_weight(x):
+  """Whether x is a weight: a leaf to the rules, though not to jax."""
+  return isinstance(x, Weight)
+
+
+def name(path):
+  """A jax key path as 'layers/attention/q/kernel'."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
+
+
+def named_weights(params):
+  """{name: weight} of all weights, in the tree's order."""
+  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
+  return {name(path): w for path, w in leaves if is_weight(w)}
+
+
+def named_arrays(params):
+  """{name: array} of all arrays, those inside weights included."""
+  return {name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def transform(params, rules, *, stats=None, key=None):
+  """Applies to each weight the first rule whose pattern matches its whole name.
+
+  Args:
+    params: a tree of weights and arrays.
+    rules: [(regular expression, method or None)], in order; None leaves the weight as it is. A
+      method is a function Weight -> Weight.
+    stats: {name: statistics}, given to the methods as `stats=` if it is there.
+    key: a jax PRNG key; each weight's method is given its own as `key=` if it is there.
+
+  Returns:
+    The tree with the methods applied.
+
+  Raises:
+    InputError: a pattern matches no weight that an earlier rule has left.
+  """
+  weights = named_weights(params)
+  idle = [pattern for pattern, _ in rules]
+  order = {n: k for k, n in enumerate(weights)}
+
+  def one(path, w):
+    if not is_weight(w):
+      return w
+    here = name(path)
+    rule = next((r for r in rules if re.fullmatch(r[0], here)), None)
+    if rule is None:
+      return w
+    pattern, method = rule
+    if pattern in idle:
+      idle.remove(pattern)
+    if method is None:
+      return w
+    extra = {} if stats is None else dict(stats=stats[here])
+    if key is not None:
+      extra['key'] = jax.random.fold_in(key, order[here])
+    return method(w, **extra)
+
+  out = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
+  if idle:
+    raise InputError(f'rule {idle[0]!r} matches no weight that an earlier rule has left; '
+                     f'{_nearest(idle[0], list(weights))}')
+  return out
+
+
+def split(params, pattern):
+  """The arrays whose names match, and the others.
+
+  Returns:
+    (train, rest), each shaped as params, with None where the array is in the other.
+
+  Raises:
+    InputError: the pattern matches no array.
+  """
+  names = named_arrays(params)
+  if not any(re.fullmatch(pattern, n) for n in names):
+    raise InputError(f'trainable pattern {pattern!r} matches no array; '
+                     f'{_nearest(pattern, list(names))}')
+  hit = lambda path: re.fullmatch(pattern, name(path)) is not None
+  at = jax.tree_util.tree_map_with_path
+  return (at(lambda p, x: x if hit(p) else None, params),
+          at(lambda p, x: None if hit(p) else x, params))
+
+
+def merge(train, rest):
+  """The inverse of `split`."""
+  return jax.tree.map(lambda a, b: b if a is None else a, train, rest, is_leaf=lambda x: x is None)
+
+
+def nbytes(params):
+  """Bytes of all arrays, as stored."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+
+
+def parameters(params):
+  """The number of dense values that the tree stands for, adapters' own included."""
+  def one(x):
+    if not is_weight(x):
+      return x.size
+    dense = 1
+    for n in x.shape:
+      dense *= n
+    extra = 0
+    while hasattr(x, 'base'):
+      extra += sum(a.size for k, a in vars(x).items() if k != 'base' and hasattr(a, 'size'))
+      x = x.base
+    return dense + extra
+  return sum(one(x) for x in jax.tree.leaves(params, is_leaf=is_weight))
+
+
+def _nearest(pattern, names):
+  plain = re.sub(r'[\\^$.*+?()\[\]{}|]+', '', pattern)
+  near = difflib.get_close_matches(plain, names, n=5, cutoff=0.2) or names[:5]
+  return f'near it: {", ".join(near)}'

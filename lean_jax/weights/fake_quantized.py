@@ -1,0 +1,37 @@
+"""The weight of quantization-aware training: rounded forward, straight through backward."""
+import dataclasses
+
+from flax.core import meta
+
+from lean_jax.kernels.fake_quant import api as fake_quant
+from lean_jax.quantize import formats
+from lean_jax.weights.base import (Weight, Wrapper, as_matmul, from_matrix, pytree, static,
+                                   to_matrix)
+
+
+@pytree
+class FakeQuantized(Wrapper):
+  """The base as it will be once quantized to `spec`; its gradient is that of the float value.
+
+  What is trained is what the integers compute: `unbox()` equals, bit for bit, `unbox()` of the
+  `Quantized` made of the same base.
+  """
+  base: Weight
+  spec: formats.QuantSpec = static()
+
+  def unbox(self):
+    value = meta.unbox(self.base)
+    sizes = tuple(n for n, d in zip(value.shape, self.dims) if d != 'n')
+    rounded = fake_quant.fake_quant(to_matrix(value, self.dims), self.spec)
+    return from_matrix(rounded, self.dims, sizes)
+
+  def einsum(self, eqn, x):
+    if self.spec.activation_bits is None:
+      return super().einsum(eqn, x)
+    sizes = tuple(self.shape)
+    x2, restore = as_matmul(eqn, x, self.dims, sizes)
+    w = to_matrix(self.unbox(), self.dims).astype(x.dtype)
+    return restore(fake_quant.fake_quant_rows(x2) @ w)
+
+  def names(self):
+    return dataclasses.replace(self, base=self.base.names())
