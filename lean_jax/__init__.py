@@ -1,4 +1,35 @@
-"""lean_jax: large language models made lean, in JAX."""
+"""lean_jax: large language models made lean, in JAX.
+
+    import lean_jax as lean
+    model = lean.load('DIR')
+    model = lean.quantize(model, 'w4a16-g64')
+    print(model.generate('Once upon a time'))
+    lean.save(model, 'OUT')
+
+The functions are those of `lean_jax.api`; they are imported when first used.
+"""
+import importlib
+from typing import TYPE_CHECKING
+
+from lean_jax.errors import InputError, LeanError
 from lean_jax.version import __version__
 
-__all__ = ['__version__']
+if TYPE_CHECKING:
+  from lean_jax.api import (Model, attach_lora, distill, evaluate, load, merge_lora, quantize, save,
+                            train)
+
+_API = ('Model', 'attach_lora', 'distill', 'evaluate', 'load', 'merge_lora', 'quantize', 'save',
+        'train')
+
+__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'attach_lora', 'distill', 'evaluate',
+           'load', 'merge_lora', 'quantize', 'save', 'train']
+
+
+def __getattr__(name):
+  if name in _API:
+    return getattr(importlib.import_module('lean_jax.api'), name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+  return sorted([*globals(), *_API])

@@ -1,0 +1,221 @@
+"""Models as people use them: thin calls of the pure functions below."""
+import contextlib
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lean_jax import methods
+from lean_jax.data import sources
+from lean_jax.data.batches import Batches
+from lean_jax.data.tokenizer import Tokenizer, load_tokenizer
+from lean_jax.data.windows import Windows, pack
+from lean_jax.distill.start import alternating, take_layers
+from lean_jax.errors import InputError
+from lean_jax.evaluate.perplexity import perplexity
+from lean_jax.files import replacing_folder
+from lean_jax.generate.decode import generate as generate_ids
+from lean_jax.interop import hf
+from lean_jax.models.decoder import Decoder, DecoderConfig
+from lean_jax.models.families import Family, family_of
+from lean_jax.train import recipe
+from lean_jax.train.checkpoint import read_model, write_model
+
+MATRICES = 'layers/.*'            # the weights that the methods below take by default
+FORMATS = ('lean', 'hf')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A model: what it is, what it knows, and how it reads.
+
+  Attributes:
+    family: which Hugging Face architecture it is.
+    config: its hyper-parameters.
+    params: its tree of weights.
+    tokenizer: text to ids and back.
+    hf_config: config.json as it was loaded; {} for a model made here.
+  """
+  family: Family
+  config: DecoderConfig
+  params: Any
+  tokenizer: Tokenizer
+  hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def module(self) -> Decoder:
+    """The Linen module: `module.apply({'params': params}, tokens)` gives logits."""
+    return Decoder(self.config)
+
+  def logits(self, tokens) -> jax.Array:
+    """Logits of the token after each, [B T V] float32, of tokens [B T]."""
+    return _logits(self.module, self.params, jnp.asarray(tokens, jnp.int32))
+
+  def generate(self, prompt: str, *, tokens: int = 64, temperature: float = 0.,
+               top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> str:
+    """The prompt and what follows it, greedy at temperature 0; stops early at the end token.
+
+    Raises:
+      InputError: nothing to start from, more tokens than the context, or settings out of range.
+    """
+    head = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
+    ids = np.concatenate([np.array(head, np.int32), self.tokenizer.encode(prompt)])
+    new = generate_ids(self.module, self.params, ids, tokens=tokens, temperature=temperature,
+                       top_k=top_k, top_p=top_p, eos=self.tokenizer.eos,
+                       key=jax.random.key(seed))
+    return self.tokenizer.decode(np.concatenate([ids, new]))
+
+
+def load(folder) -> Model:
+  """A model from a folder: one that `save` made, or a Hugging Face checkpoint (Llama family).
+
+  Raises:
+    InputError: no such folder, an architecture that is not supported, a corrupt or missing file.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise InputError(f'no folder {str(folder)!r}; give one with config.json, model.safetensors '
+                     'and tokenizer.json, or one that lean_jax saved')
+  if (folder / 'lean.json').exists():
+    hf_config = hf.read_config(folder)
+    family = family_of(hf_config)
+    config = family.from_hf(hf_config)
+    params, meta = read_model(folder)
+    config = dataclasses.replace(config, **meta['config'])
+  else:
+    family, config, params, hf_config = hf.load_hf(folder)
+  tokenizer = load_tokenizer(folder)
+  if tokenizer.size > config.vocabulary:
+    raise InputError(f'{folder}: the tokenizer has {tokenizer.size} tokens, the model '
+                     f'{config.vocabulary}; use the tokenizer that the model was made with')
+  return Model(family, config, params, tokenizer, hf_config)
+
+
+def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
+         extra: Mapping[str, str] | None = None):
+  """Writes a model to a new folder, whole or not at all.
+
+  Args:
+    format: 'lean' keeps every weight as it is, with a digest of each that `load` verifies; 'hf'
+      writes dense float32 weights that `transformers` loads.
+    overwrite: whether the folder may exist; the old one is replaced in the end.
+    extra: {file name: text} to go with it.
+
+  Raises:
+    InputError: the folder exists, the disk is full, or there is no such format.
+  """
+  if format not in FORMATS:
+    raise InputError(f'no format {format!r}; there are: {", ".join(FORMATS)}')
+  with replacing_folder(folder, overwrite=overwrite) as new:
+    if format == 'hf':
+      hf.save_hf(new, model.family, model.config, model.params, model.hf_config)
+    else:
+      hf.write_config(new, model.family, model.config, model.hf_config)
+      local = dict(dtype=model.config.dtype, remat=model.config.remat)
+      write_model(new, model.params, dict(config=local))
+    model.tokenizer.save(new)
+    for name, text in (extra or {}).items():
+      pathlib.Path(new, name).write_text(text)
+
+
+def quantize(model: Model, scheme: str, *, where: str = MATRICES) -> Model:
+  """The model with its matrices rounded to nearest in an integer format.
+
+  Args:
+    scheme: 'w8a8', 'w4a16-g64', 'w2a16-g64', ...: see quantize/formats.py.
+    where: a regular expression on the weights' whole names.
+  """
+  return _apply(model, dict(where=where, method='rtn', spec=scheme))
+
+
+def attach_lora(model: Model, *, rank: int = 8, alpha: float = 16., where: str = MATRICES,
+                seed: int = 0) -> Model:
+  """The model with trainable low-rank adapters on its matrices; over a quantized model, QLoRA."""
+  return _apply(model, dict(where=where, method='lora', rank=rank, alpha=alpha), seed)
+
+
+def merge_lora(model: Model) -> Model:
+  """The model with its adapters added into dense weights."""
+  return _apply(model, dict(where='.*', method='merge_lora'))
+
+
+def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3,
+          window: int | None = None, seed: int = 0, workdir=None, field: str = 'text',
+          **settings) -> Model:
+  """Trains on text: the adapters if the model has any, else all of it.
+
+  Args:
+    data: a path (see `data.sources.open_source`), a Source, or Windows.
+    window: tokens a window; None is the model's context, at most 512.
+    workdir: where checkpoints and metrics go; the same call goes on from what is there.
+    settings: of `train.recipe.train`: warmup, weight_decay, trainable, hooks, mesh, ...
+  """
+  window = window or min(model.config.context, 512)
+  with _windows(data, 'train', model, window, field) as windows:
+    params, _ = recipe.train(model.module, model.params, Batches(windows, batch, seed), steps=steps,
+                             peak=peak, seed=seed, folder=workdir, **settings)
+  return dataclasses.replace(model, params=params)
+
+
+def distill(teacher: Model, data, *, student: Model | None = None, keep: int | None = None,
+            temperature: float = 2., soft_weight: float = .7, **settings) -> Model:
+  """A smaller model trained on the teacher's distributions and the text.
+
+  Args:
+    student: where it starts; None takes evenly spread layers of the teacher.
+    keep: how many layers; None is half of them.
+    temperature, soft_weight: of `soft_labels.distillation`.
+    settings: of `train`.
+  """
+  if student is None:
+    indices = alternating(teacher.config.layers, keep or teacher.config.layers // 2)
+    config, params = take_layers(teacher.config, teacher.params, indices)
+    student = dataclasses.replace(teacher, config=config, params=params)
+  if student.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
+    raise InputError(f'the student reads by another tokenizer ({student.tokenizer.size} tokens) '
+                     f'than the teacher ({teacher.tokenizer.size}); soft labels need the same')
+  return train(student, data, teacher=(teacher.module, teacher.params), temperature=temperature,
+               soft_weight=soft_weight, **settings)
+
+
+def evaluate(model: Model, data, *, window: int | None = None, field: str = 'text',
+             split: str = 'all', progress=None) -> dict[str, float]:
+  """Perplexity by the protocol of docs/evaluation.md.
+
+  Args:
+    data: a path (see `data.sources.open_source`), a Source, or Windows.
+    window: tokens a window; None is the model's context.
+    split: 'all', or 'test' of a source that is split.
+
+  Returns:
+    perplexity, nll, bits_per_byte, tokens, seconds.
+  """
+  with _windows(data, split, model, window or model.config.context, field) as windows:
+    return perplexity(model.module, model.params, windows, progress=progress)
+
+
+def _apply(model, step, seed=0):
+  params = methods.apply(model.params, (step,), jax.random.key(seed))
+  return dataclasses.replace(model, params=params)
+
+
+@contextlib.contextmanager
+def _windows(data, split, model, window, field):
+  if isinstance(data, Windows):
+    yield data
+    return
+  if window > model.config.context:
+    raise InputError(f'windows of {window} tokens are longer than the context of '
+                     f'{model.config.context}; give at most that')
+  source = data if hasattr(data, 'documents') else sources.open_source(data, field=field)
+  with tempfile.TemporaryDirectory() as folder:
+    yield pack(source, split, model.tokenizer, window, folder)
+
+
+_logits = jax.jit(lambda module, params, tokens: module.apply({'params': params}, tokens)[0],
+                  static_argnums=0)

@@ -1,0 +1,185 @@
+"""The command line: `lean-jax VERB ...`.
+
+Exit codes: 0 done; 1 a claim failed or training diverged; 2 the input cannot be used, in one line
+that says what to do. Nothing heavy is imported before a verb runs.
+"""
+import argparse
+import importlib.util
+import json
+import sys
+
+from lean_jax.errors import InputError, LeanError, Preempted
+from lean_jax.version import __version__
+
+
+def main(argv=None):
+  """Runs one verb and returns the exit code."""
+  parser = _parser()
+  arguments, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+  if rest and arguments.verb not in ('demo', 'run'):
+    parser.error(f'unrecognized arguments: {" ".join(rest)}')
+  try:
+    return arguments.run(arguments, rest) or 0
+  except Preempted as error:
+    print(f'lean-jax: {error}', file=sys.stderr)
+    return 0
+  except (LeanError, OSError) as error:
+    print(f'lean-jax: {" ".join(str(error).split())}', file=sys.stderr)
+    return 2 if isinstance(error, InputError | OSError) else 1
+
+
+def _parser():
+  parser = argparse.ArgumentParser(
+      prog='lean-jax', description='Large language models made lean, in JAX.')
+  parser.add_argument('--version', action='version', version=__version__)
+  verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
+
+  def verb(name, run, says, example, folder=True):
+    p = verbs.add_parser(name, help=says, description=says, epilog=f'example: {example}',
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(run=run)
+    if folder:
+      p.add_argument('folder', metavar='DIR', help='a Hugging Face or lean_jax model folder')
+    return p
+
+  p = verb('demo', _demo, 'make a small model lean, end to end, on this machine',
+           'lean-jax demo', folder=False)
+  p.add_argument('--workdir', default='lean_demo', help='everything made goes here (%(default)s)')
+  p.add_argument('--json', action='store_true', help='print the report as JSON')
+  p = verb('run', _run, 'run an experiment from its config; the same command goes on with it',
+           'lean-jax run --config=experiments/lean_pipeline.py:tiny --config.seed=1 '
+           '--workdir=tiny', folder=False)
+  p.add_argument('--workdir', required=True, help='everything made goes here')
+  p.add_argument('--json', action='store_true', help='print the report as JSON')
+  p = verb('info', _info, 'what a model is: each weight, its kind, shape and bytes',
+           'lean-jax info DIR')
+  p.add_argument('--json', action='store_true')
+  p = verb('eval', _eval, 'perplexity on text, by the protocol of docs/evaluation.md',
+           'lean-jax eval DIR --data stories.jsonl --window 512')
+  p.add_argument('--data', required=True, help='file, folder, .jsonl, stdlib or tfds:NAME')
+  p.add_argument('--field', default='text', help="the text's key in JSON (%(default)s)")
+  p.add_argument('--window', type=int, help="tokens a window (the model's context)")
+  p.add_argument('--json', action='store_true')
+  p = verb('generate', _generate, 'text that follows a prompt',
+           'lean-jax generate DIR --prompt "Once upon a time" --tokens 100')
+  p.add_argument('--prompt', required=True)
+  p.add_argument('--tokens', type=int, default=64, help='at most (%(default)s)')
+  p.add_argument('--temperature', type=float, default=0., help='0 is greedy (%(default)s)')
+  p.add_argument('--top-k', type=int)
+  p.add_argument('--top-p', type=float)
+  p.add_argument('--seed', type=int, default=0)
+  p = verb('quantize', _quantize, 'round the matrices of a model to few bits',
+           'lean-jax quantize DIR OUT --scheme w4a16-g64')
+  p.add_argument('out', metavar='OUT', help='a new folder')
+  p.add_argument('--scheme', required=True, help='w8a8, w8a16, w4a16-g64, w2a16-g64, ...')
+  p.add_argument('--where', default='layers/.*', help='regular expression on names (%(default)s)')
+  p.add_argument('--json', action='store_true')
+  return parser
+
+
+def _demo(arguments, rest):
+  spec = importlib.util.find_spec('lean_jax.experiments.lean_pipeline')
+  if any(x == '--config' or x.startswith('--config=') for x in rest):
+    raise InputError('demo has its own config; for another use: lean-jax run --config=FILE')
+  return _run(arguments, [f'--config={spec.origin}', *rest])
+
+
+def _run(arguments, rest):
+  config = _config(rest)
+  from lean_jax.pipeline.run import run
+  from lean_jax.report import table
+  report = run(config, arguments.workdir)
+  failed = [c['name'] for c in report['claims'] if not c['passed']]
+  if arguments.json:
+    print(json.dumps(report))
+  else:
+    console = _console()
+    console.print(table.console_table(report['variants']))
+    for c in report['claims']:
+      console.print(f'{"pass" if c["passed"] else "FAIL"}  {c["name"]}: '
+                    f'{table.figures(c["figures"])}', markup=False)
+    sample = report['sample']
+    console.print(f'\n{sample["variant"]} writes:\n{sample["text"]}\n', markup=False)
+    console.print(f'Report: {arguments.workdir}/report.md, report.json, pareto.png', markup=False)
+  if failed:
+    print(f'lean-jax: {len(failed)} of {len(report["claims"])} claims failed: '
+          f'{"; ".join(failed)}', file=sys.stderr)
+  return 1 if failed else 0
+
+
+def _config(rest):
+  """The ConfigDict that --config=FILE and --config.KEY=VALUE make."""
+  from absl import flags
+  from ml_collections import config_flags
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', None, 'the experiment', flag_values=values)
+  flags.mark_flag_as_required('config', flag_values=values)
+  sys.argv = ['lean-jax', *rest]                       # config_flags looks for overrides there
+  try:
+    left = values(sys.argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
+    raise InputError(f'config: {error}') from error
+  if left[1:]:
+    raise InputError(f'unrecognized arguments: {" ".join(left[1:])}; see lean-jax run --help')
+  return values.config
+
+
+def _info(arguments, _):
+  from lean_jax import tree
+  from lean_jax.api import load
+  from lean_jax.report.kinds import kind
+  model = load(arguments.folder)
+  rows = [dict(name=name, kind=kind(w), shape=list(w.shape), parameters=tree.parameters({'w': w}),
+               bytes=tree.nbytes(w)) for name, w in tree.named_weights(model.params).items()]
+  total = dict(family=model.family.model_type, parameters=tree.parameters(model.params),
+               bytes=tree.nbytes(model.params), weights=rows)
+  if arguments.json:
+    print(json.dumps(total))
+    return
+  from rich.table import Table
+  table = Table(caption=f'{total["family"]}: {total["parameters"]:,} parameters, '
+                f'{total["bytes"]:,} bytes, norms included')
+  for title in ('weight', 'kind', 'shape', 'parameters', 'bytes'):
+    table.add_column(title, justify='right' if title in ('parameters', 'bytes') else 'left')
+  for r in rows:
+    table.add_row(r['name'], r['kind'], 'x'.join(map(str, r['shape'])), f'{r["parameters"]:,}',
+                  f'{r["bytes"]:,}')
+  _console().print(table)
+
+
+def _eval(arguments, _):
+  from lean_jax import api
+  from lean_jax.report.progress import Bars
+  model = api.load(arguments.folder)
+  with Bars().bar('evaluate') as update:
+    found = api.evaluate(model, arguments.data, window=arguments.window, field=arguments.field,
+                         progress=update)
+  print(json.dumps(found) if arguments.json else
+        '\n'.join(f'{k:<14} {v:,.4f}' if isinstance(v, float) else f'{k:<14} {v:,}'
+                  for k, v in found.items()))
+
+
+def _generate(arguments, _):
+  from lean_jax import api
+  print(api.load(arguments.folder).generate(
+      arguments.prompt, tokens=arguments.tokens, temperature=arguments.temperature,
+      top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed))
+
+
+def _quantize(arguments, _):
+  from lean_jax import api, tree
+  from lean_jax.train.files import refuse_existing
+  refuse_existing(arguments.out)
+  model = api.load(arguments.folder)
+  lean = api.quantize(model, arguments.scheme, where=arguments.where)
+  api.save(lean, arguments.out)
+  found = dict(scheme=arguments.scheme, bytes_before=tree.nbytes(model.params),
+               bytes_after=tree.nbytes(lean.params))
+  print(json.dumps(found) if arguments.json else
+        f'{arguments.out}: {found["bytes_after"]:,} bytes, were {found["bytes_before"]:,}')
+
+
+def _console():
+  from rich.console import Console
+  width = None if sys.stdout.isatty() else 160
+  return Console(highlight=False, width=width)

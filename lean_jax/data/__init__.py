@@ -1,0 +1,1 @@
+"""Text to batches: sources of documents, a tokenizer, packed windows, and batches of them."""

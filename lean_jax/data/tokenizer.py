@@ -1,0 +1,182 @@
+"""Tokenizers: trained here, or read from a Hugging Face folder."""
+
+import dataclasses
+import hashlib
+import json
+import operator
+import pathlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import tokenizers
+
+from lean_jax.data import files
+from lean_jax.errors import InputError
+
+BOS, EOS = '<s>', '</s>'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+  """Text to token ids and back.
+
+  Attributes:
+    backend: the rules, a `tokenizers.Tokenizer` that neither truncates nor pads.
+    bos, eos: ids that begin and end a document; None where the tokenizer has none.
+    settings: the rest of tokenizer_config.json, kept for `save`.
+  """
+  backend: tokenizers.Tokenizer
+  bos: int | None = None
+  eos: int | None = None
+  settings: dict = dataclasses.field(default_factory=dict)
+
+  @property
+  def size(self) -> int:
+    """One more than the largest id."""
+    return max(self.backend.get_vocab().values(), default=-1) + 1
+
+  @property
+  def fingerprint(self) -> str:
+    """A hash of the rules and the special ids."""
+    rules = json.dumps([self.backend.to_str(), self.bos, self.eos])
+    return hashlib.blake2b(rules.encode(), digest_size=16).hexdigest()
+
+  def encode(self, text) -> np.ndarray:
+    """The int32 ids of a text, [T]; no special token is added, and one in the text is its id."""
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts) -> list[np.ndarray]:
+    """The int32 ids of each text, on all cores."""
+    try:
+      found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError) as error:
+      raise InputError('a text to encode is not a string of whole Unicode characters; give str '
+                       'without surrogates') from error
+    return [np.array(encoding.ids, np.int32) for encoding in found]
+
+  def decode(self, ids, *, special=False) -> str:
+    """The text of ids; `special` keeps special tokens, by their names."""
+    ids = np.asarray(ids, np.int64)
+    if ids.size and not 0 <= ids.min() <= ids.max() < self.size:
+      raise InputError(f'ids from {ids.min()} to {ids.max()} to decode; the tokenizer has 0 to '
+                       f'{self.size - 1}')
+    return self.backend.decode(ids.tolist(), skip_special_tokens=not special)
+
+  def bytes_of(self, text, count) -> int:
+    """The UTF-8 bytes of a text that its first `count` tokens cover."""
+    offsets = self.backend.encode(text, add_special_tokens=False).offsets[:count]
+    return len(text[:max((end for _, end in offsets), default=0)].encode())
+
+  def save(self, folder):
+    """Writes tokenizer.json and tokenizer_config.json, as transformers.AutoTokenizer reads them."""
+    names = {f'{kind}_token': None if id is None else self.backend.id_to_token(id)
+             for kind, id in (('bos', self.bos), ('eos', self.eos))}
+    settings = {'clean_up_tokenization_spaces': False, **self.settings, **names,
+                'tokenizer_class': 'PreTrainedTokenizerFast'}
+    for name, text in (('tokenizer.json', self.backend.to_str(pretty=True)),
+                       ('tokenizer_config.json', json.dumps(settings, indent=2))):
+      with files.replacing(pathlib.Path(folder, name)) as file:
+        file.write(text.encode())
+
+
+def train_bpe(texts: Iterable[str], vocabulary: int,
+              progress: Callable[[int, int, str], None] | None = None) -> Tokenizer:
+  """A byte-level BPE tokenizer; the same texts give the same one.
+
+  It has all 256 bytes, so every text survives encoding and decoding. '<s>' is id 0 and '</s>' 1.
+
+  Args:
+    texts: read once.
+    vocabulary: tokens at most, special ones included; short texts may give fewer.
+    progress: called with texts read, texts in all (0 where unknown) and what is done.
+
+  Raises:
+    InputError: a vocabulary too small for the bytes, or no text.
+  """
+  least = 256 + len((BOS, EOS))
+  if vocabulary < least:
+    raise InputError(f'a vocabulary of {vocabulary} has no room for 256 bytes, {BOS} and {EOS}; '
+                     f'give {least} or more')
+  total, read = operator.length_hint(texts), 0
+
+  def counted():
+    nonlocal read
+    for text in texts:
+      yield text
+      read += 1
+      if progress:
+        progress(read, total, 'training the tokenizer')
+
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  backend.train_from_iterator(counted(), tokenizers.trainers.BpeTrainer(
+      vocab_size=vocabulary, special_tokens=[BOS, EOS], show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+  if not read:
+    raise InputError('no text to train a tokenizer on; give at least one document')
+  # What transformers adds by itself is what `pack` puts before a document.
+  backend.post_processor = tokenizers.processors.TemplateProcessing(
+      single=f'{BOS} $A', pair=f'{BOS} $A {BOS} $B', special_tokens=[(BOS, 0)])
+  return Tokenizer(backend, bos=0, eos=1)
+
+
+def load_tokenizer(path) -> Tokenizer:
+  """The tokenizer of a Hugging Face folder, or of one tokenizer.json.
+
+  BOS and EOS are named by the first of tokenizer_config.json, special_tokens_map.json,
+  generation_config.json and config.json that speaks of them; a null there means none.
+
+  Raises:
+    InputError: no tokenizer.json, a corrupt file, or a special token that is not in it.
+  """
+  path = pathlib.Path(path)
+  file = path / 'tokenizer.json' if path.is_dir() else path
+  if not file.is_file():
+    raise InputError(f'no file {str(file)!r}; give a folder with a tokenizer.json, or that file')
+  try:
+    backend = tokenizers.Tokenizer.from_str(files.read(file).decode())
+  except Exception as error:  # the library raises plain Exception
+    reason = ' '.join(str(error).split())
+    raise InputError(f'{str(file)!r} is not a tokenizer ({reason}); download it again') from error
+  backend.no_truncation()
+  backend.no_padding()
+  named = file.name == 'tokenizer.json'  # the files beside another name may be another model's
+  settings = [described(file.parent / name) if named else {} for name in
+              ('tokenizer_config.json', 'special_tokens_map.json',
+               'generation_config.json', 'config.json')]
+  bos, eos = (special(backend, settings, kind, file) for kind in ('bos', 'eos'))
+  return Tokenizer(backend, bos, eos, settings[0])
+
+
+def described(path):
+  """The dict in a JSON file, empty where there is no such file."""
+  if not path.is_file():
+    return {}
+  try:
+    value = json.loads(files.read(path).decode())
+  except ValueError as error:
+    raise InputError(f'{str(path)!r} is not JSON ({error}); download it again') from error
+  if not isinstance(value, dict):
+    raise InputError(f'{str(path)!r} holds a {type(value).__name__}, not an object; download it '
+                     'again')
+  return value
+
+
+def special(backend, settings, kind, file):
+  """The id of 'bos' or 'eos' that the first of these settings to speak of it names, or None."""
+  for setting in settings:
+    for key in (f'{kind}_token', f'{kind}_token_id'):
+      if key not in setting:
+        continue
+      value = setting[key]
+      value = value[0] if isinstance(value, list) and value else value
+      value = value.get('content') if isinstance(value, dict) else value
+      if value is None:
+        return None
+      id = backend.token_to_id(value) if isinstance(value, str) else value
+      if not isinstance(id, int) or backend.id_to_token(id) is None:
+        raise InputError(f'{key} {value!r} is not a token of {str(file)!r}; give the folder of one '
+                         'model')
+      return id
+  return None

@@ -1,0 +1,84 @@
+"""How a variant of a model comes about: a start, methods, training, methods after it."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lean_jax import methods
+from lean_jax.api import Model
+from lean_jax.data.batches import Batches
+from lean_jax.distill.start import alternating, take_layers
+from lean_jax.errors import InputError
+from lean_jax.models.decoder import Decoder
+from lean_jax.models.families import FAMILIES
+from lean_jax.report import progress
+from lean_jax.train.recipe import train
+
+
+def new_model(config, tokenizer, window):
+  """The (not yet initialised) model that `config.model` describes: (family, DecoderConfig)."""
+  from lean_jax.models.decoder import DecoderConfig
+  return DecoderConfig(vocabulary=tokenizer.size, context=window, **dict(config.model))
+
+
+def begin(variant, models, teacher, tokenizer, seed):
+  """The model that a variant starts from.
+
+  Args:
+    variant: dict with `start`: 'teacher' on the first variant (the loaded one, or a fresh one),
+      'random' (a fresh one of the teacher's shape), or an earlier variant's name; and `keep`,
+      'half' or a number of layers.
+    models: {name: Model} of the variants so far.
+    teacher: a Model, or the DecoderConfig of one to train.
+  """
+  start, keep = variant['start'], variant.get('keep')
+  if start in models:
+    model = models[start]
+    if keep is None:
+      return model
+    config, params = take_layers(model.config, model.params,
+                                 alternating(model.config.layers, _layers(model.config, keep)))
+    return dataclasses.replace(model, config=config, params=params)
+  if start == 'teacher' and isinstance(teacher, Model):
+    return teacher
+  if start not in ('teacher', 'random'):
+    raise InputError(f"variant {variant['name']!r} starts from {start!r}; expected 'random' or an "
+                     f"earlier variant: {', '.join(models) or 'none yet'}")
+  config = teacher.config if isinstance(teacher, Model) else teacher
+  if keep is not None:
+    config = dataclasses.replace(config, layers=_layers(config, keep))
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  params = jax.jit(Decoder(config).init)(jax.random.key(seed), tokens)['params']
+  return Model(FAMILIES['llama'], config, params, tokenizer)
+
+
+def make(variant, model, models, windows, c, mesh, folder, bars, stop):
+  """A variant from its start: methods, training, methods.
+
+  Returns:
+    The Model, and the seconds of training.
+  """
+  key = jax.random.key(c.seed + 1)
+  model = dataclasses.replace(
+      model, params=methods.apply(model.params, variant.get('methods', ()), key))
+  seconds = 0.
+  if variant.get('phase'):
+    phase, settings = c.phases[variant['phase']], dict(c.training)
+    batch = settings.pop('batch')
+    batches = Batches(windows[variant.get('data', 'main')], batch, c.seed,
+                      host=jax.process_index(), hosts=jax.process_count())
+    teacher = models[variant['teacher']] if variant.get('teacher') else None
+    with bars.bar(f'train {variant["name"]}', phase.steps) as update:
+      params, seconds = train(
+          model.module, model.params, batches, steps=phase.steps, peak=phase.peak,
+          teacher=teacher and (teacher.module, teacher.params), **dict(c.distillation), mesh=mesh,
+          seed=c.seed, folder=folder, stop=stop,
+          hooks=(progress.training(update, phase.steps, batch * windows['main'].length),),
+          **settings)
+    model = dataclasses.replace(model, params=params)
+  return dataclasses.replace(
+      model, params=methods.apply(model.params, variant.get('finish', ()), key)), seconds
+
+
+def _layers(config, keep):
+  return config.layers // 2 if keep == 'half' else keep

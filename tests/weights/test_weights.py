@@ -1,0 +1,172 @@
+"""Every kind of weight, in every nesting: `einsum` is the product with `unbox`."""
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.core import meta
+
+from lean_jax import tree
+from lean_jax.adapt.lora import lora, merge_lora
+from lean_jax.errors import InputError
+from lean_jax.kernels.int8_matmul.reference import quantize_rows
+from lean_jax.nn.linear import dims_of
+from lean_jax.quantize.qat import fake_quantize
+from lean_jax.quantize.rtn import rtn
+from lean_jax.weights import Dense
+from lean_jax.weights.description import abstract, describe, difference
+
+part = functools.partial
+
+
+def adapted(w, **kw):
+  """LoRA away from its start, where b is zero."""
+  return jax.tree.map(lambda x: x + .1 if jnp.issubdtype(x.dtype, jnp.floating) else x,
+                      lora(w, 2, 4., key=jax.random.key(1)))
+
+
+KINDS = {
+    'dense': lambda w: w,
+    'w8a16': part(rtn, spec='w8a16'),
+    'w4a16': part(rtn, spec='w4a16'),
+    'w4a16-g4': part(rtn, spec='w4a16-g4'),
+    'w4a16-g4-asym': part(rtn, spec='w4a16-g4-asym'),
+    'w2a16-g3': part(rtn, spec='w2a16-g3'),
+    'qat': part(fake_quantize, spec='w4a16-g4'),
+    'lora': adapted,
+    'qlora': lambda w: adapted(rtn(w, 'w4a16-g4')),
+    'lora_over_qat': lambda w: adapted(fake_quantize(w, 'w2a16-g4')),
+}
+ROUNDS_ACTIVATIONS = {'w8a8': part(rtn, spec='w8a8'), 'qat8': part(fake_quantize, spec='w8a8')}
+EQNS = {
+    'btd,df->btf': ((2, 3, 8), (8, 6)),
+    'btd,dhk->bthk': ((2, 3, 8), (8, 2, 4)),
+    'bthk,hkd->btd': ((2, 3, 2, 5), (2, 5, 6)),
+    'ebtd,edf->ebtf': ((3, 2, 3, 8), (3, 8, 6)),
+    'btd,vd->btv': ((2, 3, 8), (10, 8)),
+}
+
+
+def weight(eqn, shape):
+  value = jax.random.normal(jax.random.key(1), shape)
+  return Dense(value, dims_of(eqn), tuple('abc'[:len(shape)]))
+
+
+@pytest.mark.parametrize('eqn', EQNS)
+@pytest.mark.parametrize('kind', KINDS)
+def test_einsum_is_the_product_with_unbox(kind, eqn):
+  xs, ws = EQNS[eqn]
+  x = jax.random.normal(jax.random.key(0), xs)
+  w = KINDS[kind](weight(eqn, ws))
+  assert w.unbox().shape == w.shape == ws
+  # float32 sums of at most 10 terms of order 1
+  np.testing.assert_allclose(w.einsum(eqn, x), jnp.einsum(eqn, x, w.unbox()), atol=2e-5)
+
+
+@pytest.mark.parametrize('eqn', EQNS)
+@pytest.mark.parametrize('kind', ROUNDS_ACTIVATIONS)
+def test_einsum_is_the_product_of_rounded_activations_with_unbox(kind, eqn):
+  xs, ws = EQNS[eqn]
+  x = jax.random.normal(jax.random.key(0), xs)
+  w = ROUNDS_ACTIVATIONS[kind](weight(eqn, ws))
+  inputs = sum(d == 'i' for d in w.dims)
+  rows = x.reshape(*x.shape[:x.ndim - inputs], -1)     # the contraction is last in these equations
+  codes, scale = quantize_rows(rows)
+  rounded = (codes * scale).reshape(x.shape)
+  np.testing.assert_allclose(w.einsum(eqn, x), jnp.einsum(eqn, rounded, w.unbox()), atol=2e-5)
+
+
+@pytest.mark.parametrize('kind', KINDS | ROUNDS_ACTIVATIONS)
+def test_names_has_one_name_for_each_axis_of_each_array(kind):
+  for eqn, (_, ws) in EQNS.items():
+    w = (KINDS | ROUNDS_ACTIVATIONS)[kind](weight(eqn, ws))
+    names = jax.tree.leaves(w.names(), is_leaf=lambda t: isinstance(t, tuple))
+    assert [len(n) for n in names] == [a.ndim for a in jax.tree.leaves(w)]
+
+
+@pytest.mark.parametrize('kind', KINDS | ROUNDS_ACTIVATIONS)
+def test_a_description_rebuilds_the_very_tree(kind):
+  w = {'a': {'kernel': (KINDS | ROUNDS_ACTIVATIONS)[kind](weight('btd,df->btf', (8, 6)))}}
+  found = json.loads(json.dumps(describe(w)))
+  assert jax.tree.structure(abstract(found)) == jax.tree.structure(w)
+  same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), abstract(found), w)
+  assert jax.tree.all(same)
+  assert difference(found, describe(w)) is None
+
+
+def test_a_description_says_where_it_differs():
+  w = weight('btd,df->btf', (8, 6))
+  found = difference(describe({'up': rtn(w, 'w4a16')}), describe({'up': rtn(w, 'w8a16')}))
+  assert found.startswith('up/')
+  with pytest.raises(InputError, match='Sparse'):
+    abstract({'kind': 'Sparse'})
+
+
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    from lean_jax.nn.linear import Linear
+    return x + Linear('btd,df->btf', (8, 8), ('embed', 'mlp'), name='up')(x), None
+
+
+class Stack(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    scan = nn.scan(nn.remat(Block, prevent_cse=False), variable_axes={'params': 0},
+                   split_rngs={'params': True}, length=3,
+                   metadata_params={nn.PARTITION_NAME: 'layers'})
+    return scan(name='layers')(x, None)[0]
+
+
+@pytest.mark.parametrize('kind', KINDS | ROUNDS_ACTIVATIONS)
+def test_scan_remat_jit_grad_and_vmap_compute_what_the_layers_do(kind):
+  x = jax.random.normal(jax.random.key(0), (2, 3, 8))
+  params = Stack().init(jax.random.key(1), x)['params']
+  params = tree.transform(params, [('.*', (KINDS | ROUNDS_ACTIVATIONS)[kind])])
+  w = params['layers']['up']['kernel']
+  assert w.dims == 'nio' and w.axes == ('layers', 'embed', 'mlp')
+  want = x
+  for k in range(3):
+    layer = jax.tree.map(lambda a, k=k: a[k], w).remove_axis(0, {})
+    want = want + layer.einsum('btd,df->btf', want)
+  run = lambda x: Stack().apply({'params': params}, x)
+  np.testing.assert_allclose(jax.jit(run)(x), want, atol=1e-4)
+  np.testing.assert_allclose(jax.vmap(run)(x[None])[0], want, atol=1e-4)
+  grad = jax.grad(lambda x: run(x).sum())(x)
+  assert bool(jnp.all(jnp.isfinite(grad))) and float(jnp.abs(grad).max()) > 0
+
+
+class Foreign(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(4)(nn.relu(nn.Dense(16)(x)))
+
+
+def test_a_module_that_knows_nothing_of_weights_gets_dense_values():
+  x = jax.random.normal(jax.random.key(0), (4, 8))
+  plain = Foreign().init(jax.random.key(1), x)['params']
+  boxed = jax.tree.map(lambda a: Dense(a, 'io', ('in', 'out')) if a.ndim == 2 else a, plain)
+  lean = tree.transform(boxed, [('.*', KINDS['qlora'])])
+  dense = jax.tree.map(meta.unbox, lean, is_leaf=tree.is_weight)
+  np.testing.assert_allclose(Foreign().apply({'params': lean}, x),
+                             Foreign().apply({'params': dense}, x), atol=1e-5)
+
+
+def test_merging_an_adapter_changes_nothing():
+  w = KINDS['qlora'](weight('btd,df->btf', (8, 6)))
+  assert isinstance(merge_lora(w), Dense)
+  np.testing.assert_array_equal(merge_lora(w).unbox(), w.unbox())
+
+
+def test_an_adapter_changes_nothing_at_its_start():
+  w = weight('btd,df->btf', (8, 6))
+  np.testing.assert_array_equal(lora(w, 2, 4., key=jax.random.key(0)).unbox(), w.unbox())
+
+
+@pytest.mark.parametrize('rank', [0, -1, 7])
+def test_a_rank_out_of_range_is_refused(rank):
+  with pytest.raises(InputError, match='rank'):
+    lora(weight('btd,df->btf', (8, 6)), rank, 1., key=jax.random.key(0))
