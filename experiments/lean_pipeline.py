@@ -41,8 +41,8 @@ def get_config(size=''):
   )
   c.distillation = dict(temperature=2., soft_weight=.7)
   c.lora = dict(rank=8, alpha=16)
-  c.speed = dict(prompt=128, decode=64, batch=4)
-  c.sample = dict(variant='teacher', prompt='def ', tokens=120, temperature=.6)
+  c.speed = dict(prompt=64, decode=64, batch=4)
+  c.sample = dict(variant='teacher', prompt='def ', tokens=100, temperature=.6)
   if size == 'tiny':
     c.data.update(window=64, train_tokens=200_000, test_tokens=4096)
     c.domain.update(train_tokens=100_000, test_tokens=4096)

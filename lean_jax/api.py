@@ -18,13 +18,13 @@ from lean_jax.data.windows import Windows, pack
 from lean_jax.distill.start import alternating, take_layers
 from lean_jax.errors import InputError
 from lean_jax.evaluate.perplexity import perplexity
-from lean_jax.files import replacing_folder
-from lean_jax.generate.decode import generate as generate_ids
-from lean_jax.interop import hf
+from lean_jax.files import occupied, replace_folder
+from lean_jax.generate import generate as generate_ids
+from lean_jax.interop import hf, tensors
 from lean_jax.models.decoder import Decoder, DecoderConfig
 from lean_jax.models.families import Family, family_of
 from lean_jax.train import recipe
-from lean_jax.train.checkpoint import read_model, write_model
+from lean_jax.train.checkpoint import load_model, save_model
 
 MATRICES = 'layers/.*'            # the weights that the methods below take by default
 FORMATS = ('lean', 'hf')
@@ -82,11 +82,12 @@ def load(folder) -> Model:
     raise InputError(f'no folder {str(folder)!r}; give one with config.json, model.safetensors '
                      'and tokenizer.json, or one that lean_jax saved')
   if (folder / 'lean.json').exists():
-    hf_config = hf.read_config(folder)
+    hf_config = tensors.read_json(folder / 'config.json')
     family = family_of(hf_config)
     config = family.from_hf(hf_config)
-    params, meta = read_model(folder)
-    config = dataclasses.replace(config, **meta['config'])
+    params, meta = load_model(folder)
+    config = dataclasses.replace(config, **meta['local'])
+    _check_described(folder, config, params)
   else:
     family, config, params, hf_config = hf.load_hf(folder)
   tokenizer = load_tokenizer(folder)
@@ -111,16 +112,24 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   """
   if format not in FORMATS:
     raise InputError(f'no format {format!r}; there are: {", ".join(FORMATS)}')
-  with replacing_folder(folder, overwrite=overwrite) as new:
-    if format == 'hf':
-      hf.save_hf(new, model.family, model.config, model.params, model.hf_config)
-    else:
-      hf.write_config(new, model.family, model.config, model.hf_config)
-      local = dict(dtype=model.config.dtype, remat=model.config.remat)
-      write_model(new, model.params, dict(config=local))
+  def rest(new):
     model.tokenizer.save(new)
     for name, text in (extra or {}).items():
-      pathlib.Path(new, name).write_text(text)
+      pathlib.Path(new, name).write_text(text, encoding='utf-8')
+
+  if format == 'hf':
+    if overwrite and occupied(folder) and not pathlib.Path(folder, 'config.json').exists():
+      raise InputError(f'{folder} holds no model, so it is not overwritten; name another')
+    with replace_folder(folder, overwrite=overwrite) as new:
+      hf.save_hf(new, model.family, model.config, model.params, model.hf_config)
+      rest(new)
+    return
+
+  def beside(new):
+    hf.write_config(new, model.family, model.config, model.hf_config)
+    rest(new)
+  local = dict(dtype=model.config.dtype, remat=model.config.remat)
+  save_model(folder, model.params, dict(local=local), overwrite=overwrite, beside=beside)
 
 
 def quantize(model: Model, scheme: str, *, where: str = MATRICES) -> Model:
@@ -197,6 +206,15 @@ def evaluate(model: Model, data, *, window: int | None = None, field: str = 'tex
   """
   with _windows(data, split, model, window or model.config.context, field) as windows:
     return perplexity(model.module, model.params, windows, progress=progress)
+
+
+def _check_described(folder, config, params):
+  wanted = hf.shapes(hf.abstract(config))
+  found = hf.shapes(params)
+  odd = [n for n in wanted | found if found.get(n) != wanted.get(n)]
+  if odd:
+    raise InputError(f'{folder}: lean.json and config.json are of different models, they differ in '
+                     f'{tensors.listed(odd)}; copy or make the folder again')
 
 
 def _apply(model, step, seed=0):

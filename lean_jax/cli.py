@@ -6,6 +6,7 @@ that says what to do. Nothing heavy is imported before a verb runs.
 import argparse
 import importlib.util
 import json
+import pathlib
 import sys
 
 from lean_jax.errors import InputError, LeanError, Preempted
@@ -168,8 +169,9 @@ def _generate(arguments, _):
 
 def _quantize(arguments, _):
   from lean_jax import api, tree
-  from lean_jax.train.files import refuse_existing
-  refuse_existing(arguments.out)
+  from lean_jax.files import occupied
+  if occupied(pathlib.Path(arguments.out)):            # before the work
+    raise InputError(f'{arguments.out} is there already; name another folder')
   model = api.load(arguments.folder)
   lean = api.quantize(model, arguments.scheme, where=arguments.where)
   api.save(lean, arguments.out)

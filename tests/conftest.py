@@ -20,3 +20,19 @@ def real_data():
   if not folder:
     pytest.skip('LEAN_JAX_DATA is not set')
   return pathlib.Path(folder)
+
+
+@pytest.fixture(scope='session')
+def tiny_model():
+  """A Llama of a few thousand parameters with a byte-level tokenizer, its weights random."""
+  import jax.numpy as jnp
+
+  from lean_jax.api import Model
+  from lean_jax.data.tokenizer import train_bpe
+  from lean_jax.models.decoder import Decoder, DecoderConfig
+  from lean_jax.models.families import FAMILIES
+  tokenizer = train_bpe(['the quick brown fox jumps over the lazy dog\n' * 20], 280)
+  config = DecoderConfig(vocabulary=tokenizer.size, width=32, layers=2, heads=2, groups=1,
+                         head_width=16, hidden=48, context=64)
+  params = jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  return Model(FAMILIES['llama'], config, params, tokenizer)

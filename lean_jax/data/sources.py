@@ -3,7 +3,7 @@
 import pathlib
 
 from lean_jax.data.documents import SPLITS, Document, Source
-from lean_jax.data.files import tree
+from lean_jax.data.reading import tree
 from lean_jax.data.standard_library import StandardLibrary
 from lean_jax.data.text import JsonLines, TextFiles, existing
 from lean_jax.data.tfds import Tfds

@@ -8,7 +8,7 @@ import pathlib
 import sysconfig
 import tokenize
 
-from lean_jax.data import files
+from lean_jax.data import reading
 from lean_jax.data.documents import Document, Source, split_of
 from lean_jax.errors import InputError
 
@@ -49,12 +49,12 @@ class StandardLibrary(Source):
 def modules(root):
   """Yields every module under a folder once, by path; copies and undecodable files are left out."""
   seen = set()
-  names = files.tree(root, '.py', WITHOUT)
+  names = reading.tree(root, '.py', WITHOUT)
   if not names:
     raise InputError(f'no Python modules in {str(root)!r}; use a Python that has its library '
                      'as files, or give a text corpus')
   for name in names:
-    data = files.read(root / name)
+    data = reading.read(root / name)
     digest = hashlib.blake2b(data).digest()
     # _sysconfigdata holds the paths and flags of the machine that built this Python.
     if digest in seen or GENERATED in data[:600] or '_sysconfigdata' in name:
@@ -80,7 +80,7 @@ def topics(root):
     raise InputError(f"this Python has no {str(path)!r}; use one that has it, or domain='code'")
   try:
     # Read, never run: the file is one assignment of a dict of strings.
-    assigned, = (node.value for node in ast.parse(files.read(path)).body
+    assigned, = (node.value for node in ast.parse(reading.read(path)).body
                  if isinstance(node, ast.Assign))
     texts = {str(name): str(text) for name, text in ast.literal_eval(assigned).items()}
   except (SyntaxError, ValueError, AttributeError) as error:

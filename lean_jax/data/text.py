@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 
-from lean_jax.data import files
+from lean_jax.data import reading
 from lean_jax.data.documents import SPLITS, Document, Source, split_of
 from lean_jax.errors import InputError
 
@@ -41,7 +41,7 @@ class TextFiles(Source):
     if not root.is_dir():
       yield root.name, decoded(root)
       return
-    for name in files.tree(root):
+    for name in reading.tree(root):
       try:
         yield name, decoded(root / name)
       except UnicodeInputError:
@@ -73,7 +73,7 @@ class JsonLines(Source):
   def _records(self):
     """Yields the name, the place and the value of each record."""
     root = pathlib.Path(self.path)
-    names = files.tree(root, '.jsonl') if root.is_dir() else ['']
+    names = reading.tree(root, '.jsonl') if root.is_dir() else ['']
     if not names:
       raise InputError(f'no .jsonl files in {self.path!r}; give a folder that has some, or a file')
     for name in names:
@@ -81,7 +81,7 @@ class JsonLines(Source):
       if path.suffix == '.json':
         lines = enumerate(listed(path))
       else:
-        lines = enumerate(files.lines(path), 1)
+        lines = enumerate(reading.lines(path), 1)
       for number, line in lines:
         where = f'{path}:{number}'
         if isinstance(line, bytes):
@@ -121,7 +121,7 @@ def existing(path):
 
 def decoded(path):
   """The text of a UTF-8 file without its byte order mark; a NUL byte makes a file binary."""
-  data = files.read(path)
+  data = reading.read(path)
   try:
     text, at = data.decode('utf-8-sig'), data.find(0)
   except UnicodeDecodeError as error:
@@ -142,7 +142,7 @@ def parsed(data, where):
 
 def listed(path):
   """The list in a .json file."""
-  value = parsed(files.read(path), path)
+  value = parsed(reading.read(path), path)
   if not isinstance(value, list):
     raise InputError(f'{str(path)!r} holds a {type(value).__name__}, not a list; give a list of '
                      'objects, or .jsonl with an object a line')

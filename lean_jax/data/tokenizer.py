@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import tokenizers
 
-from lean_jax.data import files
+from lean_jax import files
+from lean_jax.data import reading
 from lean_jax.errors import InputError
 
 BOS, EOS = '<s>', '</s>'
@@ -135,7 +136,7 @@ def load_tokenizer(path) -> Tokenizer:
   if not file.is_file():
     raise InputError(f'no file {str(file)!r}; give a folder with a tokenizer.json, or that file')
   try:
-    backend = tokenizers.Tokenizer.from_str(files.read(file).decode())
+    backend = tokenizers.Tokenizer.from_str(reading.read(file).decode())
   except Exception as error:  # the library raises plain Exception
     reason = ' '.join(str(error).split())
     raise InputError(f'{str(file)!r} is not a tokenizer ({reason}); download it again') from error
@@ -154,7 +155,7 @@ def described(path):
   if not path.is_file():
     return {}
   try:
-    value = json.loads(files.read(path).decode())
+    value = json.loads(reading.read(path).decode())
   except ValueError as error:
     raise InputError(f'{str(path)!r} is not JSON ({error}); download it again') from error
   if not isinstance(value, dict):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lean_jax.data import files
+from lean_jax import files
 from lean_jax.data.documents import Source
 from lean_jax.data.tokenizer import Tokenizer
 from lean_jax.errors import InputError

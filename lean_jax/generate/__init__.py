@@ -1,1 +1,4 @@
 """Text from a model."""
+from lean_jax.generate.continuation import generate
+
+__all__ = ['generate']

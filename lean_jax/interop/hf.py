@@ -85,15 +85,21 @@ def save_hf(folder, family, config, params, hf_config=None):
     layers = [*value] if '{}' in name else [value]
     for k, x in enumerate(layers):
       out[name.format(k)] = np.ascontiguousarray(x.T if transposed else x)
-  hf = family.to_hf(config) | {k: (hf_config or {}).get(k) for k in _TOKENS}
-  hf['torch_dtype'] = str(jnp.result_type(*{x.dtype for x in out.values()}))
   try:
     # transformers 4 refuses a file that does not say that it is of PyTorch's layout.
     safetensors.numpy.save_file(out, folder / 'model.safetensors', metadata=dict(format='pt'))
-    (folder / 'config.json').write_text(json.dumps(hf, indent=2) + '\n', encoding='utf-8')
+    write_config(folder, family, config, hf_config,
+                 jnp.result_type(*{x.dtype for x in out.values()}))
   except (OSError, safetensors.SafetensorError) as error:
     raise InputError(f'cannot write in {str(folder)!r} ({error}); free space or give another '
                      'folder') from error
+
+
+def write_config(folder, family, config, hf_config=None, dtype='float32'):
+  """Writes config.json: of the config, and the ids of special tokens in `hf_config`."""
+  hf = family.to_hf(config) | {k: (hf_config or {}).get(k) for k in _TOKENS}
+  text = json.dumps(hf | dict(torch_dtype=str(dtype)), indent=2)
+  pathlib.Path(folder, 'config.json').write_text(text + '\n', encoding='utf-8')
 
 
 def abstract(config):
@@ -128,8 +134,8 @@ def check(folder, family, config, stored):
   shape = {n: tuple(s.get_shape()) for n, s in slices.items()}
   wrong = [f'{n} {shape[n]} instead of {wanted[n]}' for n in slices if shape[n] != wanted[n]]
   kinds = [f'{n} {s.get_dtype()}' for n, s in slices.items() if s.get_dtype() not in _STORED]
-  faults = [f'{what} {tensors.listed(names)}' for what, names in (
-      ('missing', missing), ('unknown', extra), ('misshapen', wrong), ('not float', kinds)) if names]
+  faults = {'missing': missing, 'unknown': extra, 'misshapen': wrong, 'not float': kinds}
+  faults = [f'{what} {tensors.listed(names)}' for what, names in faults.items() if names]
   if faults:
     raise InputError(f'{str(folder)!r} does not fit its config.json: {"; ".join(faults)}; '
                      'give the files of one model')

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lean_jax.nn.causal import causal_attention
 from lean_jax.nn.linear import Linear
 from lean_jax.nn.rope import rotate
 
@@ -23,7 +24,7 @@ class Attention(nn.Module):
     Args:
       x: [B T D].
       cos, sin: [T K/2], of the queries' positions.
-      mask: [T S], True where a query may see a key.
+      mask: [T S], True where a query may see a key of the cache; unused without one.
       cache: None, or the keys and values so far, dict(k, v) of [B S G K].
       offset: where in the cache the first query stands; unused without one.
 
@@ -40,8 +41,10 @@ class Attention(nn.Module):
       put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
           old, new.astype(old.dtype), offset, axis=1)
       cache = dict(k=put(cache['k'], k), v=put(cache['v'], v))
-      k, v = cache['k'].astype(self.dtype), cache['v'].astype(self.dtype)
-    y = attend(q, k, v, mask).reshape(B, T, H * K)
+      y = attend(q, cache['k'].astype(self.dtype), cache['v'].astype(self.dtype), mask)
+    else:
+      y = causal_attention(q, k, v)
+    y = y.reshape(B, T, H * K)
     y = nn.with_logical_constraint(y, ('batch', 'length', 'heads'))
     return Linear('btf,fd->btd', (H * K, D), ('heads', 'embed'), self.dtype, name='o')(y), cache
 

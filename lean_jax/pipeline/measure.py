@@ -1,4 +1,6 @@
 """The figures of one variant."""
+import jax
+
 from lean_jax import tree
 from lean_jax.evaluate.perplexity import perplexity
 from lean_jax.evaluate.speed import speed
@@ -6,7 +8,7 @@ from lean_jax.train.digest import fingerprint
 from lean_jax.weights import LowRank, Quantized
 
 
-def measure(model, test, domain, speeds, progress=lambda done, total: None):
+def measure(model, test, domain, speeds, progress=None):
   """Size, quality and speed.
 
   Args:
@@ -14,7 +16,7 @@ def measure(model, test, domain, speeds, progress=lambda done, total: None):
     test: Windows of the test split.
     domain: None, or Windows of the new domain's test split.
     speeds: settings of `evaluate.speed`.
-    progress: (windows done, windows in all) -> None.
+    progress: as `evaluate.perplexity` takes it.
 
   Returns:
     A dict of figures, as a variant of `report.json` has them, without name and train_seconds.
@@ -36,6 +38,5 @@ def measure(model, test, domain, speeds, progress=lambda done, total: None):
 
 def without_adapters(params):
   """The tree of the adapted weights' bases."""
-  import jax
   bare = lambda w: w.base if isinstance(w, LowRank) else w
   return jax.tree.map(bare, params, is_leaf=tree.is_weight)

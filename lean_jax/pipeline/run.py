@@ -113,7 +113,7 @@ def _windows(config, main, domain, tokenizer, cache, bars):
       ('domain', domain, 'train', d.train_tokens), ('domain_test', domain, 'test', d.test_tokens)):
     with bars.bar(f'pack {name}') as update:
       out[name] = pack(source, split, tokenizer, c.window, cache, max_tokens=tokens,
-                       progress=lambda done, total, what: update(done, total))
+                       progress=update)
       update(out[name].bytes, note=f'{out[name].tokens:,} tokens of {out[name].documents} '
              'documents')
   return out

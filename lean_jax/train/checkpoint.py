@@ -5,29 +5,22 @@ kind of weight is an error), and the digest of every array. Flipped bits inside 
 without a word otherwise.
 """
 import contextlib
-import gc
-import hashlib
 import json
 import pathlib
 import shutil
-import sys
 import warnings
 
 import jax
 import orbax.checkpoint as ocp
 
 from lean_jax.errors import InputError
-from lean_jax.train import files
+from lean_jax import files
+from lean_jax.train import stored
 from lean_jax.train.digest import digest
-from lean_jax.tree import name, named_arrays
+from lean_jax.tree import named_arrays
 from lean_jax.weights.description import abstract, describe, difference
 
-VERSION = 1
 _UNFINISHED = '*.orbax-checkpoint-tmp*'
-
-
-class _Damaged(InputError):
-  """What was written cannot be read back."""
 
 
 class Checkpoints:
@@ -48,6 +41,7 @@ class Checkpoints:
     self.folder, self.every, self.keep = pathlib.Path(folder).resolve(), every, keep
     self._warn = warn
     self._manager = None                               # made by the first save
+    self._quiet = contextlib.ExitStack()               # open as long as the manager
     self._at = -1                                      # the step last saved or restored
     self._damaged = ()
 
@@ -71,12 +65,12 @@ class Checkpoints:
     if step == self._at or (step % self.every and not force):
       return False
     trees = dict(params=named_arrays(params), opt=named_arrays(opt))
-    document = _seal(dict(
-        version=VERSION, step=step, meta=meta, params=describe(params), opt=describe(trees['opt']),
+    document = stored.seal(dict(
+        step=step, meta=meta, params=describe(params), opt=describe(trees['opt']),
         digests={item: digest(tree) for item, tree in trees.items()}))
     items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items() if tree}
     self._check_alone()
-    with self._full_disk():
+    with self._told():
       self._writer().save(step, force=True, args=ocp.args.Composite(
           meta=ocp.args.JsonSave(document), **items))
     self._at = step
@@ -108,7 +102,7 @@ class Checkpoints:
     for s in reversed(steps) if step is None else [step]:
       try:
         found = self._read(s, params_like, opt_like)
-      except _Damaged as e:
+      except stored.Damaged as e:
         wrong[s] = f'step {s}: {e}'
         continue
       if wrong:
@@ -122,7 +116,7 @@ class Checkpoints:
   def wait(self):
     """Returns once everything is on disk; raises InputError if the disk is full."""
     if self._manager is not None:
-      with self._full_disk():
+      with self._told():
         self._manager.wait_until_finished()
 
   def close(self):
@@ -148,14 +142,15 @@ class Checkpoints:
 
   def _read(self, step, params_like, opt_like):
     folder = self.folder / str(step)
-    document = _read_meta(folder / 'meta')
-    likes = dict(params=params_like, opt=opt_like)
+    document = stored.unseal(folder / 'meta' / 'metadata')
     expected = dict(params=describe(params_like), opt=describe(named_arrays(opt_like)))
     for item, like in expected.items():
-      where = f'{self.folder}, step {step}, {item}'
-      _same(document[item], json.loads(json.dumps(like)), where)
-    trees = [_read_tree(folder / item, like, document['digests'][item])
-             for item, like in likes.items()]
+      wrong = difference(document[item], json.loads(json.dumps(like)))
+      if wrong:
+        raise InputError(f'{folder}/{item} was saved from another model or optimizer: {wrong}; '
+                         'nothing is ever cast: use the settings of that run, or another folder')
+    trees = [stored.read_tree(folder / item, like, document['digests'][item])
+             for item, like in dict(params=params_like, opt=opt_like).items()]
     return *trees, document['meta']
 
   def _check_alone(self):
@@ -170,6 +165,7 @@ class Checkpoints:
       return self._manager
     self._remove(*(str(s) for s in self._damaged), _UNFINISHED)
     self._damaged = ()
+    self._quiet.enter_context(stored.unheard())
     self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(self.keep)))
     return self._manager
@@ -179,6 +175,7 @@ class Checkpoints:
     if manager is not None:
       with contextlib.suppress(Exception):             # raised before, and told
         manager.close()
+    self._quiet.close()
 
   def _remove(self, *patterns):
     if jax.process_index() == 0:
@@ -186,8 +183,8 @@ class Checkpoints:
         shutil.rmtree(path, ignore_errors=True)
 
   @contextlib.contextmanager
-  def _full_disk(self):
-    """Says in one line that the disk is full; after any error, the next save starts afresh."""
+  def _told(self):
+    """Tells in a line of a disk that cannot be written; after any error a save starts anew."""
     try:
       yield
     except Exception as e:
@@ -196,10 +193,13 @@ class Checkpoints:
       self._at = max(self._steps(), default=-1)
       if files.no_space(e):
         raise files.full(self.folder) from e
+      if isinstance(e, OSError):
+        raise InputError(f'{self.folder} cannot be written: {e.strerror}; name a place that can'
+                         ) from e
       raise
 
 
-def save_model(folder, params, meta, *, overwrite=False):
+def save_model(folder, params, meta, *, overwrite=False, beside=lambda new: None):
   """Writes a finished model: its arrays, and `lean.json`, which says what they are.
 
   Args:
@@ -207,20 +207,25 @@ def save_model(folder, params, meta, *, overwrite=False):
     params: tree of weights and arrays, all of them on this host's devices.
     meta: anything that JSON holds.
     overwrite: whether a model that is there may be replaced; anything else never is.
+    beside: called with the new folder before it is in its place, to write what else belongs there.
 
   Raises:
     InputError: the folder is there, or the disk is full.
   """
   folder = pathlib.Path(folder).resolve()
-  if overwrite and folder.exists() and any(folder.iterdir()) and not _card(folder).exists():
-    raise InputError(f'{folder} holds no model of lean_jax, so it is not overwritten; name another')
   arrays = named_arrays(params)
-  document = _seal(dict(version=VERSION, meta=meta, params=describe(params),
-                        digests=digest(params)))
-  with files.replace_folder(folder, overwrite=overwrite) as new:
+  if overwrite and files.occupied(folder) and not _card(folder).exists():
+    raise InputError(f'{folder} holds no model of lean_jax, so it is not overwritten; name another')
+  far = [n for n, x in arrays.items() if not getattr(x, 'is_fully_addressable', True)]
+  if far:
+    raise InputError(f'{far[0]} is spread over several hosts; save checkpoints of the run, and '
+                     'make the model of one on a single host')
+  with files.replace_folder(folder, overwrite=overwrite) as new, stored.unheard():
+    document = stored.seal(dict(meta=meta, params=describe(params), digests=digest(params)))
+    files.write_text(_card(new), json.dumps(document, indent=1))
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(new / 'params', arrays)
-    files.write_text(_card(new), json.dumps(document, indent=1))
+    beside(new)
 
 
 def load_model(folder, *, shardings=None):
@@ -245,8 +250,8 @@ def load_model(folder, *, shardings=None):
                         jax.tree.broadcast(where, like), like)
   path = pathlib.Path(folder).resolve() / 'params'
   try:
-    return _read_tree(path, like, document['digests']), document['meta']
-  except _Damaged as e:
+    return stored.read_tree(path, like, document['digests']), document['meta']
+  except stored.Damaged as e:
     raise InputError(f'{folder} is damaged: {e}; copy or make it again') from e
 
 
@@ -257,112 +262,10 @@ def read_card(folder):
     raise InputError(f'{folder} holds no model: lean.json is not there; give a folder that '
                      'save_model wrote')
   try:
-    return _unseal(path.read_text(encoding='utf-8'))
-  except (_Damaged, OSError, UnicodeDecodeError) as e:
-    raise InputError(f'{path} is damaged: {_line(e)}; copy or make the model again') from e
+    return stored.unseal(path)
+  except stored.Damaged as e:
+    raise InputError(f'{folder} is damaged: {e}; copy or make it again') from e
 
 
 def _card(folder):
   return folder / 'lean.json'
-
-
-def _seal(document):
-  """The document with the digest of its own text."""
-  return document | dict(sha256=_checksum(document))
-
-
-def _checksum(document):
-  return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _unseal(text):
-  try:
-    document = json.loads(text)
-  except ValueError as e:
-    raise _Damaged(f'no JSON ({e})') from e
-  if not isinstance(document, dict) or document.pop('sha256', None) != _checksum(document):
-    raise _Damaged('its text was changed')
-  if document['version'] != VERSION:
-    raise InputError(f'written in version {document["version"]} of the format, this lean_jax reads '
-                     f'{VERSION}; update lean_jax')
-  return document
-
-
-def _read_meta(folder):
-  try:
-    text = (folder / 'metadata').read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as e:
-    raise _Damaged(f'meta: {_line(e)}') from e
-  return _unseal(text)
-
-
-def _same(found, expected, where):
-  wrong = difference(found, expected)
-  if wrong:
-    raise InputError(f'{where} was saved from another model or optimizer: {wrong}; nothing is '
-                     'ever cast: use the settings that it was made with, or another folder')
-
-
-def _read_tree(folder, like, digests):
-  """The tree of `like`, from the arrays in folder.
-
-  Raises:
-    _Damaged: an array is missing, of another shape or dtype, or not what was saved.
-  """
-  target = {n: _target(x) for n, x in named_arrays(like).items()}
-  if not target:
-    return like
-  arrays, wrong = _quietly(lambda: _read_arrays(folder, target))
-  if wrong:
-    raise _Damaged(f'{folder.name}: {wrong}')
-  changed = [n for n, d in digest(arrays).items() if d != digests.get(n)]
-  if changed:
-    raise _Damaged(f'{changed[0]} is not what was saved' + (
-        f', nor are {len(changed) - 1} others' if changed[1:] else ''))
-  return jax.tree_util.tree_map_with_path(lambda path, _: arrays[name(path)], like)
-
-
-def _read_arrays(folder, target):
-  stored = ocp.StandardCheckpointHandler().metadata(folder).tree
-  for n, x in target.items():
-    kind = 'uint32' if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else str(x.dtype)
-    shape = tuple(stored[n].shape)
-    if str(stored[n].dtype) != kind or shape[:len(x.shape)] != x.shape:
-      raise _Damaged(f'{n} is stored as {stored[n].dtype} {shape}, expected {kind} {x.shape}')
-  with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(folder, target)
-
-
-def _quietly(read):
-  """(what `read` returns, None), or (None, what was wrong).
-
-  After one damaged array Orbax abandons the coroutines of the others, and each prints a page as it
-  dies: they die in here, unheard.
-  """
-  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-  try:
-    try:
-      return read(), None
-    except (MemoryError, jax.errors.JaxRuntimeError):
-      raise
-    except Exception as e:                             # whatever a parser of damaged files meets
-      wrong = _line(e)
-    gc.collect()
-    return None, wrong
-  finally:
-    sys.unraisablehook = hook
-
-
-def _target(x):
-  sharding = getattr(x, 'sharding', None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  sharding.shard_shape(tuple(x.shape))                 # raises if it does not divide
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _line(error):
-  if isinstance(error, _Damaged):
-    return str(error)
-  text = ' '.join(str(error).split())
-  return f'{type(error).__name__}: {text[:150]}'

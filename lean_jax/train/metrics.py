@@ -2,7 +2,7 @@
 import json
 import pathlib
 
-from lean_jax.train.files import write_text
+from lean_jax.files import write_text
 
 
 class Metrics:

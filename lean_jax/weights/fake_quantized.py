@@ -28,10 +28,9 @@ class FakeQuantized(Wrapper):
   def einsum(self, eqn, x):
     if self.spec.activation_bits is None:
       return super().einsum(eqn, x)
-    sizes = tuple(self.shape)
-    x2, restore = as_matmul(eqn, x, self.dims, sizes)
-    w = to_matrix(self.unbox(), self.dims).astype(x.dtype)
-    return restore(fake_quant.fake_quant_rows(x2) @ w)
+    w = self.unbox()
+    x2, restore = as_matmul(eqn, x, self.dims, w.shape)
+    return restore(fake_quant.fake_quant_rows(x2) @ to_matrix(w, self.dims).astype(x.dtype))
 
   def names(self):
     return dataclasses.replace(self, base=self.base.names())

@@ -1,4 +1,4 @@
-"""One file a family: its config and its checkpoint's names. A new family is one file, a line here."""
+"""One file a family: its config and its checkpoint's names; and a line here."""
 from lean_jax.errors import InputError
 from lean_jax.models.families.base import Family
 from lean_jax.models.families.llama import LLAMA

@@ -65,6 +65,5 @@ def rope_theta(hf):
     if kind != 'default' or given.get('partial_rotary_factor', 1) != 1 or not plain:
       raise InputError(f'config.json asks for {key} = {given}, which lean_jax does not compute; '
                        'give a model with rope_type default')
-  spelt = {'rope_theta': 10_000.} | {
-      'rope_theta': d['rope_theta'] for d in (scaling, hf, rope) if d.get('rope_theta') is not None}
-  return positive(spelt, 'rope_theta', float)
+  thetas = [d['rope_theta'] for d in (rope, scaling, hf) if d.get('rope_theta') is not None]
+  return positive(dict(rope_theta=[*thetas, 10_000.][0]), 'rope_theta', float)

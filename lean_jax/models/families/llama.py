@@ -7,7 +7,7 @@ from lean_jax.models.families.base import Family, positive, require, rope_theta
 NEUTRAL = dict(
     attention_bias=(False, None), mlp_bias=(False, None), hidden_act=('silu', 'swish'),
     sliding_window=(None,), quantization_config=(None,), partial_rotary_factor=(1, None),
-    compression_config=(None,), logits_scaling=(1, None), final_logit_softcapping=(None,))
+    compression_config=(None,))
 
 NAMES = {
     'embed/table': ('model.embed_tokens.weight', False),
@@ -32,7 +32,7 @@ def from_hf(hf):
   width, heads = positive(hf, 'hidden_size'), positive(hf, 'num_attention_heads')
   given = lambda key, default: default if hf.get(key) is None else positive(hf, key)
   groups, head_width = given('num_key_value_heads', heads), given('head_dim', width // heads)
-  if heads % groups or head_width % 2:
+  if heads % groups or head_width < 2 or head_width % 2:
     raise InputError(f'config.json has {heads} heads, {groups} key and value heads and a head '
                      f'width of {head_width}; the second must divide the first, the last be even')
   return DecoderConfig(

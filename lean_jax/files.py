@@ -28,14 +28,14 @@ def replace_folder(target, *, overwrite=False):
   """
   target = pathlib.Path(target).resolve()
   _put_back(target)
-  if _occupied(target) and not overwrite:
+  if occupied(target) and not overwrite:
     raise InputError(f'{target} is there already; name another folder, or allow overwriting')
   with _beside(target) as new:
     new.mkdir()
     with _locked(new):
       yield new
       old = None
-      if _occupied(target):
+      if occupied(target):
         old = _name(target, 'old')
         target.rename(old)
       try:
@@ -48,18 +48,32 @@ def replace_folder(target, *, overwrite=False):
     _remove(old)
 
 
-def write_text(path, text):
-  """Writes a text file, UTF-8, that is the old or the new one at every moment.
+@contextlib.contextmanager
+def replacing(path):
+  """A binary file, open for writing, that becomes `path` when the block ends without an error.
+
+  At every moment `path` is the old file or the new one, whole; racing writers do not meet.
 
   Raises:
     InputError: it cannot be written, or the disk is full.
   """
   path = pathlib.Path(path).resolve()
-  with _beside(path) as new, open(new, 'x', encoding='utf-8') as file, _locked(new):
-    file.write(text)
+  with _beside(path) as new, open(new, 'xb') as file, _locked(new):
+    yield file
     file.flush()
     os.fsync(file.fileno())
     os.replace(new, path)
+
+
+def write_text(path, text):
+  """Writes a text file, UTF-8, as `replacing` does."""
+  with replacing(path) as file:
+    file.write(text.encode())
+
+
+def occupied(target):
+  """Whether there is anything but an empty folder at a path."""
+  return target.exists() and not (target.is_dir() and not any(target.iterdir()))
 
 
 def no_space(error):
@@ -146,8 +160,5 @@ def _remove(path):
   if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path, ignore_errors=True)
   else:
-    path.unlink(missing_ok=True)
-
-
-def _occupied(target):
-  return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    with contextlib.suppress(OSError):
+      path.unlink()

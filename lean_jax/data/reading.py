@@ -1,10 +1,6 @@
-"""Files, read and written whole or not at all."""
-
-import contextlib
-import errno
+"""Files found and read."""
 import os
 import pathlib
-import secrets
 
 from lean_jax.errors import InputError
 
@@ -43,33 +39,3 @@ def lines(path):
       yield from file
   except OSError as error:
     raise unreadable(path, error) from error
-
-
-@contextlib.contextmanager
-def replacing(path):
-  """A binary file, open for writing, that becomes `path` when the block ends without an error.
-
-  It is written beside `path` and renamed, so that readers and racing writers see a whole file;
-  after an error nothing is left behind.
-
-  Raises:
-    InputError: the folder cannot be made or written, or its disk is full.
-  """
-  path = pathlib.Path(path)
-  partial = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, 'xb') as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  except BaseException as error:
-    with contextlib.suppress(OSError):
-      partial.unlink()
-    if not isinstance(error, OSError):
-      raise
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    reason = 'its disk is full; free space' if full else f'{error.strerror}; make it writable'
-    raise InputError(f'cannot write in {str(path.parent)!r}: {reason} or give another folder'
-                     ) from error

@@ -1,0 +1,108 @@
+"""The API: what is saved is what is loaded, and each function is the method it names."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lean_jax as lean
+from lean_jax import tree
+from lean_jax.weights import LowRank
+
+TEXT = 'the quick brown fox jumps over the lazy dog\n' * 400
+
+
+def same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def text(tmp_path):
+  (tmp_path / 'text.txt').write_text(TEXT)
+  return tmp_path / 'text.txt'
+
+
+@pytest.mark.parametrize('make', [
+    lambda m: m, lambda m: lean.quantize(m, 'w8a8'), lambda m: lean.quantize(m, 'w2a16-g16'),
+    lambda m: lean.attach_lora(lean.quantize(m, 'w4a16-g16'), rank=2)],
+    ids=['dense', 'w8a8', 'w2', 'qlora'])
+def test_load_gives_what_save_got(tiny_model, tmp_path, make):
+  model = make(tiny_model)
+  lean.save(model, tmp_path / 'out')
+  found = lean.load(tmp_path / 'out')
+  same(found.params, model.params)
+  assert found.config == model.config
+  assert found.tokenizer.fingerprint == model.tokenizer.fingerprint
+  tokens = np.arange(12).reshape(2, 6)
+  np.testing.assert_array_equal(found.logits(tokens), model.logits(tokens))
+
+
+def test_the_hf_format_holds_the_dense_values(tiny_model, tmp_path):
+  model = lean.attach_lora(lean.quantize(tiny_model, 'w4a16-g16'), rank=2)
+  with pytest.raises(lean.InputError, match='there are'):
+    lean.save(model, tmp_path / 'x', format='onnx')
+  lean.save(model, tmp_path / 'out', format='hf')
+  found = lean.load(tmp_path / 'out')
+  tokens = np.arange(12).reshape(2, 6)
+  np.testing.assert_allclose(found.logits(tokens), model.logits(tokens), atol=1e-4)
+
+
+def test_saving_over_something_needs_leave_and_a_model_there(tiny_model, tmp_path):
+  lean.save(tiny_model, tmp_path / 'out')
+  with pytest.raises(lean.InputError, match='there already'):
+    lean.save(tiny_model, tmp_path / 'out')
+  lean.save(lean.quantize(tiny_model, 'w8a8'), tmp_path / 'out', overwrite=True)
+  assert tree.nbytes(lean.load(tmp_path / 'out').params) < tree.nbytes(tiny_model.params)
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine' / 'a.txt').write_text('a')
+  for format in ('lean', 'hf'):
+    with pytest.raises(lean.InputError, match='holds no model'):
+      lean.save(tiny_model, tmp_path / 'mine', overwrite=True, format=format)
+
+
+def test_training_lowers_the_loss_and_adapters_leave_the_base(tiny_model, text):
+  before = lean.evaluate(tiny_model, text, window=32)['perplexity']
+  full = lean.train(tiny_model, text, steps=20, batch=8, peak=1e-2, window=32)
+  assert lean.evaluate(full, text, window=32)['perplexity'] < before / 2
+  base = lean.quantize(tiny_model, 'w4a16-g16')
+  adapted = lean.train(lean.attach_lora(base, rank=4), text, steps=20, batch=8, peak=1e-2,
+                       window=32)
+  assert lean.evaluate(adapted, text, window=32)['perplexity'] < before
+  bases = jax.tree.map(lambda w: w.base if isinstance(w, LowRank) else w, adapted.params,
+                       is_leaf=tree.is_weight)
+  same(bases, base.params)
+
+
+def test_distillation_brings_the_student_to_its_teacher(tiny_model, text):
+  teacher = lean.train(tiny_model, text, steps=30, batch=8, peak=1e-2, window=32)
+  student = lean.distill(teacher, text, keep=1, steps=20, batch=8, peak=1e-2, window=32,
+                         soft_weight=1.)
+  assert student.config.layers == 1
+  start = lean.distill(teacher, text, keep=1, steps=1, batch=8, peak=1e-9, window=32)
+  tokens = jnp.asarray(teacher.tokenizer.encode(TEXT)[:60].reshape(2, 30))
+  far = lambda m: float(jnp.mean((jax.nn.softmax(m.logits(tokens))
+                                  - jax.nn.softmax(teacher.logits(tokens))) ** 2))
+  assert far(student) < far(start) / 2
+
+
+def test_a_student_that_reads_otherwise_is_refused(tiny_model, text):
+  other = dataclasses.replace(
+      tiny_model, tokenizer=dataclasses.replace(tiny_model.tokenizer, bos=None))
+  with pytest.raises(lean.InputError, match='tokenizer'):
+    lean.distill(tiny_model, text, student=other, steps=1)
+
+
+def test_merging_an_adapter_keeps_the_logits(tiny_model):
+  model = lean.attach_lora(lean.quantize(tiny_model, 'w8a16'), rank=2)
+  params = jax.tree.map(lambda x: x + .01 if x.dtype == jnp.float32 else x, model.params)
+  model = dataclasses.replace(model, params=params)
+  merged = lean.merge_lora(model)
+  tokens = np.arange(12).reshape(2, 6)
+  np.testing.assert_allclose(merged.logits(tokens), model.logits(tokens), atol=1e-4)
+
+
+def test_windows_beyond_the_context_are_refused(tiny_model, text):
+  with pytest.raises(lean.InputError, match='context'):
+    lean.evaluate(tiny_model, text, window=65)
