@@ -109,6 +109,7 @@ def claims():
       less('QLoRA is within 2% of LoRA', 'qlora.domain_perplexity', 'lora.domain_perplexity', 1.02),
       less('4-bit matrices take under 20% of float32', 'w4.quantized_bytes',
            'w4.quantized_float32_bytes', .2),
-      same('LoRA leaves its base as it was, bit for bit', 'lora.base_digest', 'student.base_digest'),
+      same('LoRA leaves its base as it was, bit for bit', 'lora.base_digest',
+           'student.base_digest'),
       same('QLoRA leaves its base as it was, bit for bit', 'qlora.base_digest', 'w4.base_digest'),
   )

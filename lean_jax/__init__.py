@@ -15,8 +15,17 @@ from lean_jax.errors import InputError, LeanError
 from lean_jax.version import __version__
 
 if TYPE_CHECKING:
-  from lean_jax.api import (Model, attach_lora, distill, evaluate, load, merge_lora, quantize, save,
-                            train)
+  from lean_jax.api import (
+    Model,
+    attach_lora,
+    distill,
+    evaluate,
+    load,
+    merge_lora,
+    quantize,
+    save,
+    train,
+  )
 
 _API = ('Model', 'attach_lora', 'distill', 'evaluate', 'load', 'merge_lora', 'quantize', 'save',
         'train')

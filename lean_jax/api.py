@@ -15,16 +15,16 @@ from lean_jax.data import sources
 from lean_jax.data.batches import Batches
 from lean_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lean_jax.data.windows import Windows, pack
-from lean_jax.distill.start import alternating, take_layers
+from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
-from lean_jax.evaluate.perplexity import perplexity
+from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.files import occupied, replace_folder
-from lean_jax.generate import generate as generate_ids
+from lean_jax.generation import generate as generate_ids
 from lean_jax.interop import hf, tensors
 from lean_jax.models.decoder import Decoder, DecoderConfig
 from lean_jax.models.families import Family, family_of
-from lean_jax.train import recipe
-from lean_jax.train.checkpoint import load_model, save_model
+from lean_jax.training import recipe
+from lean_jax.training.checkpoint import load_model, save_model
 
 MATRICES = 'layers/.*'            # the weights that the methods below take by default
 FORMATS = ('lean', 'hf')

@@ -5,10 +5,12 @@ A method takes a weight, its own settings by name, and `key=` if it draws random
 import functools
 import inspect
 
-from lean_jax.adapt.lora import lora, merge_lora
+import jax
+
+from lean_jax.adapters.lora import lora, merge_lora
 from lean_jax.errors import InputError
-from lean_jax.quantize.qat import fake_quantize
-from lean_jax.quantize.rtn import rtn
+from lean_jax.quantization.qat import fake_quantize
+from lean_jax.quantization.rtn import rtn
 from lean_jax.tree import transform
 
 METHODS = dict(rtn=rtn, fake_quantize=fake_quantize, lora=lora, merge_lora=merge_lora)
@@ -35,7 +37,8 @@ def apply(params, steps, key=None):
     groups[-1][1].append((where, bound(method, step)))
   for method, rules in groups:
     random = 'key' in inspect.signature(METHODS[method]).parameters
-    params = transform(params, rules, key=key if random else None)
+    # One compiled program, not one for each operation on each shape.
+    params = jax.jit(functools.partial(transform, rules=rules))(params, key=key if random else None)
   return params
 
 

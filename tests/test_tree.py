@@ -1,4 +1,4 @@
-"""Rules over trees: the first match wins, a rule without a match is an error, split has an inverse."""
+"""Rules over trees: the first match wins, one without a match is an error, split is undone."""
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,7 +11,8 @@ from lean_jax.weights import Dense, LowRank, Quantized
 @pytest.fixture
 def params():
   w = lambda *shape: Dense(jnp.ones(shape), 'io', ('embed', 'mlp'))
-  return {'layers': {'up': {'kernel': w(8, 16)}, 'down': {'kernel': w(16, 8)}}, 'scale': jnp.ones(8)}
+  return {'layers': {'up': {'kernel': w(8, 16)}, 'down': {'kernel': w(16, 8)}},
+          'scale': jnp.ones(8)}
 
 
 def test_the_first_rule_that_matches_the_whole_name_wins(params):
@@ -40,7 +41,7 @@ def test_merge_is_the_inverse_of_split(params):
   assert not set(tree.named_arrays(train)) & set(tree.named_arrays(rest))
   merged = tree.merge(train, rest)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
-  with pytest.raises(InputError, match='nothing'.replace('nothing', 'matches no array')):
+  with pytest.raises(InputError, match='matches no array'):
     tree.split(params, 'nope')
 
 

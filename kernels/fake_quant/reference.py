@@ -2,7 +2,7 @@
 import jax.numpy as jnp
 
 from lean_jax.kernels.int8_matmul.reference import quantize_rows
-from lean_jax.quantize import formats
+from lean_jax.quantization import formats
 
 
 def fake_quant(w, spec):

@@ -75,7 +75,7 @@ class Decoder(nn.Module):
     self.layers = nn.scan(
         block, variable_axes={'params': 0, 'taps': 0}, split_rngs={'params': True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast), length=c.layers,
-        unroll=min(c.layers, UNROLL),
+        unroll=1 if self.is_initializing() else min(c.layers, UNROLL),
         metadata_params={nn.PARTITION_NAME: 'layers'})(c)
     self.norm = RMSNorm(c.epsilon, c.dtype)
     if not c.tied:

@@ -16,7 +16,7 @@ def rotation(positions, head_width, theta):
 
 
 def rotate(x, cos, sin):
-  """x [B T H K], the pairs (k, k + K/2) turned by their angles, as Hugging Face's Llama pairs them."""
+  """x [B T H K], its pairs (k, k + K/2), those of Hugging Face's Llama, turned by their angles."""
   cos, sin = cos[None, :, None, :].astype(x.dtype), sin[None, :, None, :].astype(x.dtype)
   low, high = jnp.split(x, 2, axis=-1)
   return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)

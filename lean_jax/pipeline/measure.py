@@ -2,9 +2,9 @@
 import jax
 
 from lean_jax import tree
-from lean_jax.evaluate.perplexity import perplexity
-from lean_jax.evaluate.speed import speed
-from lean_jax.train.digest import fingerprint
+from lean_jax.evaluation.perplexity import perplexity
+from lean_jax.evaluation.speed import speed
+from lean_jax.training.digest import fingerprint
 from lean_jax.weights import LowRank, Quantized
 
 

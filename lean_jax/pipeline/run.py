@@ -17,8 +17,8 @@ from lean_jax.pipeline.measure import measure
 from lean_jax.report.pareto import pareto
 from lean_jax.report.progress import Bars
 from lean_jax.report.table import markdown_report
-from lean_jax.train.mesh import make_mesh
-from lean_jax.train.signals import termination
+from lean_jax.training.mesh import make_mesh
+from lean_jax.training.signals import termination
 from lean_jax.version import __version__
 
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from lean_jax import methods
 from lean_jax.api import Model
 from lean_jax.data.batches import Batches
-from lean_jax.distill.start import alternating, take_layers
+from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
 from lean_jax.models.decoder import Decoder
 from lean_jax.models.families import FAMILIES
 from lean_jax.report import progress
-from lean_jax.train.recipe import train
+from lean_jax.training.recipe import train
 
 
 def new_model(config, tokenizer, window):

@@ -3,8 +3,14 @@ import contextlib
 import time
 
 from rich.console import Console
-from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn,
-                           TimeRemainingColumn)
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeElapsedColumn,
+  TimeRemainingColumn,
+)
 
 
 class Bars:
@@ -22,7 +28,8 @@ class Bars:
     columns = (TextColumn('{task.description:<34}'), BarColumn(20), MofNCompleteColumn(),
                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn('{task.fields[note]}'))
     start, last = time.monotonic(), dict(note='')
-    with Progress(*columns, console=self.console, transient=True) as progress:
+    with Progress(*columns, console=self.console, transient=True,
+                  disable=not self.console.is_terminal) as progress:
       task = progress.add_task(title, total=total, note='')
 
       def update(done, total=None, note=None):

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
-from lean_jax.quantize import formats
+from lean_jax.quantization import formats
 from lean_jax.weights import KINDS
 from lean_jax.weights.base import Weight, static_names
 

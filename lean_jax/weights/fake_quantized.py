@@ -4,9 +4,8 @@ import dataclasses
 from flax.core import meta
 
 from lean_jax.kernels.fake_quant import api as fake_quant
-from lean_jax.quantize import formats
-from lean_jax.weights.base import (Weight, Wrapper, as_matmul, from_matrix, pytree, static,
-                                   to_matrix)
+from lean_jax.quantization import formats
+from lean_jax.weights.base import Weight, Wrapper, as_matmul, from_matrix, pytree, static, to_matrix
 
 
 @pytree

@@ -5,9 +5,16 @@ from typing import Any
 import jax.numpy as jnp
 
 from lean_jax.kernels.int8_matmul import api as int8_matmul
-from lean_jax.quantize import formats
-from lean_jax.weights.base import (Weight, as_matmul, from_matrix, matrix_names, pytree, static,
-                                   to_matrix)
+from lean_jax.quantization import formats
+from lean_jax.weights.base import (
+  Weight,
+  as_matmul,
+  from_matrix,
+  matrix_names,
+  pytree,
+  static,
+  to_matrix,
+)
 
 
 @pytree

@@ -123,7 +123,7 @@ def test_a_mesh_without_its_devices(capsys, tmp_path):
 def test_a_disk_that_is_full_while_saving(folder, capsys, tmp_path, monkeypatch):
   def full(*_):
     raise OSError(errno.ENOSPC, 'No space left on device')
-  monkeypatch.setattr('lean_jax.train.checkpoint.ocp.StandardCheckpointer.save', full)
+  monkeypatch.setattr('lean_jax.training.checkpoint.ocp.StandardCheckpointer.save', full)
   fails(capsys, 'quantize', folder, tmp_path / 'out', '--scheme', 'w8a8', says=['space'])
   assert not list(tmp_path.iterdir())
 

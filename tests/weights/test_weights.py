@@ -10,12 +10,12 @@ from flax import linen as nn
 from flax.core import meta
 
 from lean_jax import tree
-from lean_jax.adapt.lora import lora, merge_lora
+from lean_jax.adapters.lora import lora, merge_lora
 from lean_jax.errors import InputError
 from lean_jax.kernels.int8_matmul.reference import quantize_rows
 from lean_jax.nn.linear import dims_of
-from lean_jax.quantize.qat import fake_quantize
-from lean_jax.quantize.rtn import rtn
+from lean_jax.quantization.qat import fake_quantize
+from lean_jax.quantization.rtn import rtn
 from lean_jax.weights import Dense
 from lean_jax.weights.description import abstract, describe, difference
 

@@ -1,0 +1,38 @@
+"""How a student starts: as some of the teacher's layers."""
+import dataclasses
+
+import jax
+
+from lean_jax.errors import InputError
+from lean_jax.tree import is_weight
+
+
+def alternating(layers, keep):
+  """Indices of `keep` of `layers` layers, evenly spread, the first among them.
+
+  With keep = layers / 2 these are every other layer (Sanh et al. 2019, arXiv:1910.01108,
+  section 2).
+
+  Raises:
+    InputError: keep is not within 1 and layers.
+  """
+  if not 1 <= keep <= layers:
+    raise InputError(f'a student of {keep} layers cannot start from a teacher of {layers}; '
+                     f'expected 1 to {layers}')
+  return tuple(k * layers // keep for k in range(keep))
+
+
+def take_layers(config, params, indices):
+  """The model made of some layers of a decoder, in the order given.
+
+  Args:
+    config: DecoderConfig.
+    params: its parameters, the layers stacked under 'layers'.
+    indices: of the layers to keep.
+
+  Returns:
+    config, params, of the smaller model; arrays are copies.
+  """
+  pick = lambda x: x[jax.numpy.asarray(indices)]
+  layers = jax.tree.map(lambda w: jax.tree.map(pick, w), params['layers'], is_leaf=is_weight)
+  return dataclasses.replace(config, layers=len(indices)), {**params, 'layers': layers}

@@ -1,0 +1,4 @@
+"""Text from a model."""
+from lean_jax.generation.continuation import generate
+
+__all__ = ['generate']

@@ -1,0 +1,202 @@
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.core import meta
+
+from lean_jax import tree
+from lean_jax.errors import InputError
+from lean_jax.interop.hf import load_hf, save_hf
+from lean_jax.models.families import FAMILIES
+from lean_jax.quantization.rtn import rtn
+
+
+def refused(folder, *words):
+  with pytest.raises(InputError) as error:
+    load_hf(folder)
+  message = str(error.value)
+  assert '\n' not in message
+  assert all(word in message for word in words), message
+
+
+def equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_layers_are_stacked_and_linears_transposed(tiny_folder):
+  folder, tensors = tiny_folder()
+  family, config, params, hf = load_hf(folder)
+  assert (family.model_type, config.rope_theta, config.head_width) == ('llama', 500., 6)
+  assert hf['eos_token_id'] == 2
+  down = params['layers']['mlp']['down']['kernel']
+  assert (down.dims, down.axes) == ('nio', ('layers', 'mlp', 'embed'))
+  np.testing.assert_array_equal(
+      down.value[1], tensors['model.layers.1.mlp.down_proj.weight'].T)
+  np.testing.assert_array_equal(
+      params['embed']['table'].value, tensors['model.embed_tokens.weight'])
+  assert tree.parameters(params) == sum(x.size for x in tensors.values())
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_saving_is_the_inverse_of_loading(tiny_folder, tmp_path, tied):
+  folder, tensors = tiny_folder(dict(tie_word_embeddings=tied))
+  family, config, params, hf = load_hf(folder)
+  save_hf(tmp_path, family, config, params, hf)
+  equal(safetensors.numpy.load_file(tmp_path / 'model.safetensors'), tensors)
+  again = load_hf(tmp_path)
+  assert again[1] == config
+  equal(again[2], params)
+  assert [again[3][k] for k in ('bos_token_id', 'eos_token_id')] == [1, 2]
+
+
+def test_half_precision_is_read_exactly_and_kept_on_request(tiny_folder, tmp_path):
+  folder, tensors = tiny_folder(edit=lambda t: {
+      name: x.astype(ml_dtypes.bfloat16 if 'mlp' in name else np.float16)
+      for name, x in t.items()})
+  up = tensors['model.layers.0.mlp.up_proj.weight']
+  family, config, params, _ = load_hf(folder)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype('float32')}
+  np.testing.assert_array_equal(params['layers']['mlp']['up']['kernel'].value[0],
+                                up.T.astype(np.float32))
+  _, config, params, _ = load_hf(folder, dtype='bfloat16')
+  assert (config.dtype, params['norm']['scale'].dtype) == ('bfloat16', 'bfloat16')
+  save_hf(tmp_path, family, config, params)
+  assert json.loads((tmp_path / 'config.json').read_text())['torch_dtype'] == 'bfloat16'
+  equal(load_hf(tmp_path, dtype='bfloat16')[2], params)
+
+
+def test_quantized_weights_are_saved_as_their_dense_values(tiny_folder, tmp_path):
+  family, config, params, _ = load_hf(tiny_folder()[0])
+  rule = ('layers/.*', functools.partial(rtn, spec='w8a16'))
+  lean = tree.transform(params, [rule])
+  save_hf(tmp_path, family, config, lean)
+  equal(meta.unbox(load_hf(tmp_path)[2]), meta.unbox(lean))
+
+
+def test_shards_are_found_by_their_index(tiny_folder):
+  folder, tensors = tiny_folder()
+  whole = load_hf(folder)[2]
+  (folder / 'model.safetensors').unlink()
+  names = sorted(tensors)
+  parts = {'a.safetensors': names[::2], 'b.safetensors': names[1::2]}
+  for file, part in parts.items():
+    safetensors.numpy.save_file({n: tensors[n] for n in part}, folder / file)
+  index = folder / 'model.safetensors.index.json'
+  weight_map = {n: file for file, part in parts.items() for n in part}
+  index.write_text(json.dumps(dict(weight_map=weight_map)))
+  equal(load_hf(folder)[2], whole)
+  (folder / 'b.safetensors').rename(folder / 'c.safetensors')
+  refused(folder, 'lacks b.safetensors', 'download')
+  for bad in ({}, dict(weight_map=3), dict(weight_map=dict(x='../a.safetensors'))):
+    index.write_text(json.dumps(bad))
+    refused(folder, 'no weight_map')
+  index.write_text('{"weight_map"')
+  refused(folder, 'is not JSON')
+
+
+def test_old_and_new_spellings_and_defaults(tiny_folder):
+  folder, _ = tiny_folder(dict(num_key_value_heads=2, head_dim=4))
+  hf = json.loads((folder / 'config.json').read_text())
+  old = {k: v for k, v in hf.items() if k not in (
+      'rope_parameters', 'dtype', 'head_dim', 'num_key_value_heads')}
+  from_hf = FAMILIES['llama'].from_hf
+  for scaling in (None, dict(rope_type='default')):
+    assert from_hf(old | dict(rope_theta=500., torch_dtype='bfloat16', rope_scaling=scaling,
+                              head_dim=None)) == from_hf(hf)
+  assert from_hf(old).rope_theta == 10_000.
+  assert from_hf(hf | dict(rope_theta=500, rope_parameters=None)) == from_hf(hf)
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    (dict(model_type='gpt2'), ["'gpt2'", 'reads: llama']),
+    (dict(model_type=None), ['None', 'reads: llama']),
+    (dict(rope_scaling=dict(type='linear', factor=2.)), ['rope_scaling', 'linear']),
+    (dict(rope_parameters=dict(rope_type='llama3', factor=8.)), ['rope_parameters', 'llama3']),
+    (dict(rope_parameters=dict(full_attention=dict(rope_type='default'))), ['rope_parameters']),
+    (dict(rope_parameters=dict(partial_rotary_factor=.5)), ['partial_rotary_factor']),
+    (dict(rope_parameters=7), ['rope_parameters = 7']),
+    (dict(partial_rotary_factor=.5), ['partial_rotary_factor = 0.5']),
+    (dict(attention_bias=True, mlp_bias=True), ['attention_bias = True', 'mlp_bias = True']),
+    (dict(hidden_act='gelu'), ["hidden_act = 'gelu'"]),
+    (dict(sliding_window=128), ['sliding_window = 128']),
+    (dict(quantization_config=dict(bits=4)), ['quantization_config']),
+    (dict(hidden_size=None), ['hidden_size = None', 'positive int']),
+    (dict(vocab_size='12'), ["vocab_size = '12'"]),
+    (dict(num_hidden_layers=0), ['num_hidden_layers = 0']),
+    (dict(rms_norm_eps='x'), ["rms_norm_eps = 'x'", 'float']),
+    (dict(num_attention_heads=3, num_key_value_heads=2), ['3 heads, 2 key']),
+    (dict(head_dim=5), ['head width of 5']),
+])
+def test_a_config_that_we_do_not_compute_is_refused(tiny_folder, change, words):
+  folder, _ = tiny_folder()
+  path = folder / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  refused(folder, *words)
+
+
+Q = 'model.layers.1.self_attn.q_proj.weight'
+
+
+@pytest.mark.parametrize(('edit', 'words'), [
+    (lambda t: {n: x for n, x in t.items() if n != Q}, ['missing ' + Q]),
+    (lambda t: t.update({'model.layers.2.x': np.ones(1)}), ['unknown model.layers.2.x']),
+    (lambda t: t.update({Q: np.ones((8, 12), np.float32)}),
+     ['misshapen', Q, '(8, 12) instead of (12, 8)']),
+    (lambda t: t.update({Q: np.ones((12, 8), np.int8)}), ['not float', f'{Q} I8']),
+    (lambda t: {'w': np.ones(1)}, ['missing', 'more; unknown w']),
+])
+def test_tensors_that_do_not_fit_the_config_are_listed(tiny_folder, edit, words):
+  refused(tiny_folder(edit=edit)[0], *words)
+
+
+def test_constants_and_a_repeated_tied_head_are_no_parameters(tiny_folder):
+  def edit(t):
+    t['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.ones(3, np.float32)
+    t['lm_head.weight'] = t['model.embed_tokens.weight'].copy()
+  params = load_hf(tiny_folder(dict(tie_word_embeddings=True), edit)[0])[2]
+  assert 'head' not in params
+
+
+def test_a_head_that_is_tied_but_differs_is_refused(tiny_folder):
+  edit = lambda t: t.update({'lm_head.weight': t['model.embed_tokens.weight'] + 1})
+  refused(tiny_folder(dict(tie_word_embeddings=True), edit)[0], 'lm_head.weight', 'tie_word')
+
+
+@pytest.mark.parametrize('keep', [0, 5, 300, -1])
+def test_a_truncated_file_is_refused(tiny_folder, keep):
+  folder, _ = tiny_folder()
+  path = folder / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:keep])
+  refused(folder, 'model.safetensors', 'cannot be read', 'download it again')
+
+
+def test_files_that_are_absent_or_not_ours_are_named(tiny_folder, tmp_path):
+  folder, _ = tiny_folder()
+  refused(tmp_path / 'none', 'is no folder')
+  refused(tmp_path, 'config.json', 'No such file')
+  (folder / 'model.safetensors').unlink()
+  refused(folder, 'no model.safetensors')
+  (folder / 'pytorch_model.bin').touch()
+  refused(folder, 'pytorch_model.bin', 'convert', 'save_pretrained')
+  (folder / 'config.json').write_text('[]')
+  refused(folder, 'config.json', 'list')
+  (folder / 'config.json').write_text('{')
+  refused(folder, 'config.json', 'is not JSON')
+  with pytest.raises(InputError, match='float8'):
+    load_hf(folder, dtype='float8')
+
+
+def test_parameters_of_another_config_are_not_saved(tiny_folder, tmp_path):
+  family, config, params, _ = load_hf(tiny_folder()[0])
+  with pytest.raises(InputError, match='layers/attention/k/kernel'):
+    save_hf(tmp_path, family, dataclasses.replace(config, layers=3), params)
+  with pytest.raises(InputError, match='extra'):
+    save_hf(tmp_path, family, config, params | dict(extra=np.ones(2)))
+  with pytest.raises(InputError, match='cannot write'):
+    save_hf(pathlib.Path(tmp_path, 'none'), family, config, params)
