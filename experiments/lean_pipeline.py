@@ -25,7 +25,7 @@ def get_config(size=''):
   c.teacher = ''                 # a Hugging Face folder; '' trains one
   c.mesh = dict(data=1, fsdp=1, tensor=1)
   c.data = dict(path='stdlib', kind='auto', field='text', data_dir='',
-                window=128, train_tokens=4_000_000, test_tokens=32_768)
+                window=128, train_tokens=2_000_000, test_tokens=32_768)
   c.domain = dict(path='stdlib:docs', kind='auto', field='text', data_dir='',
                   train_tokens=1_000_000, test_tokens=16_384)
   c.tokenizer = dict(vocabulary=512)
@@ -34,10 +34,10 @@ def get_config(size=''):
   c.training = dict(batch=16, accumulate=1, warmup=20, decay='cosine', weight_decay=.1, clip=1.,
                     save_every=200, log_every=10)
   c.phases = dict(
-      teacher=dict(steps=900, peak=3e-3),
-      student=dict(steps=300, peak=2e-3),
-      longer=dict(steps=100, peak=5e-4),
-      adapt=dict(steps=80, peak=5e-3),
+      teacher=dict(steps=600, peak=3e-3),
+      student=dict(steps=200, peak=2e-3),
+      longer=dict(steps=80, peak=5e-4),
+      adapt=dict(steps=60, peak=5e-3),
   )
   c.distillation = dict(temperature=2., soft_weight=.7)
   c.lora = dict(rank=8, alpha=16)
@@ -53,7 +53,7 @@ def get_config(size=''):
     c.sample.tokens = 40
   if size == 'full':
     # About 400 million parameters on Wikipedia: for one TPU VM or one H200, not for a laptop.
-    c.data.update(path='tfds:wikipedia/20230601.en', window=2048, train_tokens=4_000_000_000,
+    c.data.update(path='tfds:wikipedia/20230601.en', window=2048, train_tokens=2_000_000_000,
                   test_tokens=2 ** 20)
     c.domain.update(train_tokens=10_000_000, test_tokens=2 ** 18)
     c.tokenizer.vocabulary = 32_768

@@ -105,7 +105,8 @@ def _beside(target):
     _remove(new)
     if no_space(e):
       raise full(target) from e
-    if isinstance(e, OSError) and str(e.filename) in map(str, (new, *target.parents)):
+    ours = {None, *map(str, (new, *target.parents))}   # an error of a write names no file
+    if isinstance(e, OSError) and (e.filename and str(e.filename)) in ours:
       raise InputError(f'{target} cannot be written: {e.strerror}; name a place that can') from e
     raise
 

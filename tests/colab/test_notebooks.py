@@ -23,7 +23,8 @@ def test_a_notebook_is_its_source(source):
 @pytest.mark.parametrize('source', SOURCES, ids=lambda p: p.stem)
 def test_a_notebook_runs_from_top_to_bottom(source, tmp_path):
   pytest.importorskip('nbmake')
-  environment = dict(os.environ, LEAN_JAX_SIZE='tiny', TMPDIR=str(tmp_path), XLA_FLAGS='')
+  environment = dict(os.environ, LEAN_JAX_SIZE='tiny', TMPDIR=str(tmp_path), 
+                     XLA_FLAGS='--xla_backend_optimization_level=0')
   done = subprocess.run(
       [sys.executable, '-m', 'pytest', '--nbmake', '--nbmake-timeout=600', '-q', '-p',
        'no:cacheprovider', '--rootdir', str(tmp_path), '-c', os.devnull,

@@ -113,15 +113,15 @@ def test_a_damaged_cache_is_made_again(damage, source, tokenizer, tmp_path):
   np.testing.assert_array_equal(pack(source, 'all', tokenizer, 32, tmp_path / 'cache').array, first)
 
 
-@pytest.mark.parametrize(('number', 'match'), [(errno.ENOSPC, 'disk is full'),
-                                               (errno.EACCES, 'make it writable')])
+@pytest.mark.parametrize(('number', 'match'), [(errno.ENOSPC, 'no space left.*cache'),
+                                               (errno.EACCES, 'cache.*name a place that can')])
 def test_a_disk_that_cannot_be_written_is_named_and_left_clean(
     number, match, source, tokenizer, tmp_path, monkeypatch):
   def fail(_):
     raise OSError(number, os.strerror(number))
   with monkeypatch.context() as patch:
     patch.setattr(os, 'fsync', fail)
-    with pytest.raises(InputError, match=f'cache.*{match}') as caught:
+    with pytest.raises(InputError, match=match) as caught:
       pack(source, 'all', tokenizer, 32, tmp_path / 'cache')
   assert '\n' not in str(caught.value)
   assert list((tmp_path / 'cache').iterdir()) == []

@@ -60,7 +60,7 @@ def test_the_language_modeling_loss_is_optax():
                          hidden=16, context=8)
   module = Decoder(config)
   tokens = jax.random.randint(jax.random.key(0), (3, 8), 0, 32)
-  params = module.init(jax.random.key(1), tokens)['params']
+  params = jax.jit(module.init)(jax.random.key(1), tokens)['params']
   y, _ = module.apply({'params': params}, tokens)
   want = optax.softmax_cross_entropy_with_integer_labels(y[:, :-1], tokens[:, 1:]).mean()
   np.testing.assert_allclose(next_token(module)(params, dict(tokens=tokens), None)[0], want,
@@ -94,7 +94,7 @@ def test_a_student_made_of_all_layers_is_its_teacher_and_of_some_has_those():
   config = DecoderConfig(vocabulary=32, width=16, layers=4, heads=2, groups=1, head_width=8,
                          hidden=16, context=8)
   tokens = jax.random.randint(jax.random.key(0), (3, 8), 0, 32)
-  params = Decoder(config).init(jax.random.key(1), tokens)['params']
+  params = jax.jit(Decoder(config).init)(jax.random.key(1), tokens)['params']
   run = lambda c, p: Decoder(c).apply({'params': p}, tokens)[0]
   np.testing.assert_array_equal(run(*take_layers(config, params, (0, 1, 2, 3))),
                                 run(config, params))

@@ -19,7 +19,8 @@ def setting(tmp_path_factory):
   folder = tmp_path_factory.mktemp('resume')
   words = np.random.default_rng(0).choice(['red', 'blue', 'green', 'ball', 'runs', 'sees'], 20_000)
   (folder / 'text.txt').write_text('\n'.join(' '.join(w) for w in words.reshape(-1, 8)))
-  environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(folder / 'compiled'), XLA_FLAGS='',
+  environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(folder / 'compiled'),
+                     XLA_FLAGS='--xla_backend_optimization_level=0',
                      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
   command = lambda workdir: [sys.executable, '-m', 'lean_jax', 'run',
                              f'--config={SMALL}:{folder / "text.txt"}', f'--workdir={workdir}']
