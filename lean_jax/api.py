@@ -71,8 +71,12 @@ class Model:
     return self.tokenizer.decode(np.concatenate([ids, new]))
 
 
-def load(folder) -> Model:
+def load(folder, *, dtype: str | None = None) -> Model:
   """A model from a folder: one that `save` made, or a Hugging Face checkpoint (Llama family).
+
+  Args:
+    dtype: of a Hugging Face checkpoint's parameters and activations: 'float32' (None), 'bfloat16'
+      or 'float16'. A saved model keeps its own, and refuses another.
 
   Raises:
     InputError: no such folder, an architecture that is not supported, a corrupt or missing file.
@@ -82,6 +86,8 @@ def load(folder) -> Model:
     raise InputError(f'no folder {str(folder)!r}; give one with config.json, model.safetensors '
                      'and tokenizer.json, or one that lean_jax saved')
   if (folder / 'lean.json').exists():
+    if dtype is not None:
+      raise InputError(f'{folder} was saved by lean_jax with its own dtypes; load it without dtype')
     hf_config = tensors.read_json(folder / 'config.json')
     family = family_of(hf_config)
     config = family.from_hf(hf_config)
@@ -89,7 +95,7 @@ def load(folder) -> Model:
     config = dataclasses.replace(config, **meta['local'])
     _check_described(folder, config, params)
   else:
-    family, config, params, hf_config = hf.load_hf(folder)
+    family, config, params, hf_config = hf.load_hf(folder, dtype=dtype)
   tokenizer = load_tokenizer(folder)
   if tokenizer.size > config.vocabulary:
     raise InputError(f'{folder}: the tokenizer has {tokenizer.size} tokens, the model '

@@ -45,6 +45,11 @@ class Batches:
     if not 0 <= self.seed < 1 << 32:
       raise InputError(f'seed {self.seed}; give one from 0 to {(1 << 32) - 1}')
 
+  @property
+  def fingerprint(self) -> str:
+    """What the batches of all hosts are a function of."""
+    return f'{self.windows.fingerprint} {self.batch} {self.seed} {self.shuffle}'
+
   @functools.cached_property
   def _order(self):
     import grain  # a second to import

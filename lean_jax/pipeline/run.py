@@ -1,4 +1,5 @@
 """An experiment from its config to its report; what is done already is not done again."""
+import importlib.metadata
 import json
 import pathlib
 import platform
@@ -12,6 +13,7 @@ from lean_jax.data.tokenizer import load_tokenizer, train_bpe
 from lean_jax.data.windows import pack
 from lean_jax.errors import InputError, Preempted
 from lean_jax.files import write_text
+from lean_jax.models.decoder import DecoderConfig
 from lean_jax.pipeline import claims, variants
 from lean_jax.pipeline.measure import measure
 from lean_jax.report.pareto import pareto
@@ -45,7 +47,8 @@ def run(config, workdir, bars=None):
   with termination() as stop:
     tokenizer = teacher.tokenizer if teacher else _tokenizer(config, main, workdir, bars)
     windows = _windows(config, main, domain, tokenizer, workdir / 'windows', bars)
-    teacher = teacher or variants.new_model(config, tokenizer, config.data.window)
+    teacher = teacher or DecoderConfig(
+        vocabulary=tokenizer.size, context=config.data.window, **dict(config.model))
     models, figures = {}, []
     for variant in map(dict, config.variants):
       model, found = _variant(variant, models, teacher, tokenizer, windows, config, mesh, workdir,
@@ -61,11 +64,11 @@ def run(config, workdir, bars=None):
 
 def versions():
   """What made a report."""
-  names = dict(lean_jax=__version__, python=platform.python_version(), jax=jax.__version__)
-  device = jax.devices()[0]
-  return names | dict(flax=__import__('flax').__version__, optax=__import__('optax').__version__,
-                      device=device.device_kind, devices=jax.device_count(),
-                      platform=platform.platform())
+  packages = {name: importlib.metadata.version(name) for name in (
+      'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tokenizers')}
+  return dict(lean_jax=__version__, python=platform.python_version(), **packages,
+              device=jax.devices()[0].device_kind, devices=jax.device_count(),
+              platform=platform.platform())
 
 
 def _source(c):

@@ -15,12 +15,6 @@ from lean_jax.report import progress
 from lean_jax.training.recipe import train
 
 
-def new_model(config, tokenizer, window):
-  """The (not yet initialised) model that `config.model` describes: (family, DecoderConfig)."""
-  from lean_jax.models.decoder import DecoderConfig
-  return DecoderConfig(vocabulary=tokenizer.size, context=window, **dict(config.model))
-
-
 def begin(variant, models, teacher, tokenizer, seed):
   """The model that a variant starts from.
 

@@ -14,7 +14,8 @@ from lean_jax.training.digest import fingerprint
 
 
 def fit(loss_fn, params, batches, tx, *, steps, trainable='.*', frozen=None, mesh=None,
-        accumulate=1, seed=0, hooks=(), checkpoints=None, stop=lambda: False, check_every=20):
+        accumulate=1, seed=0, hooks=(), checkpoints=None, settings=None, stop=lambda: False,
+        check_every=20):
   """Trains the arrays of params whose names match `trainable`; the others stay as they are.
 
   Batch and key of a step follow from the step alone, so that a run resumed from a checkpoint ends
@@ -35,6 +36,8 @@ def fit(loss_fn, params, batches, tx, *, steps, trainable='.*', frozen=None, mes
     hooks: (steps done, metrics) -> None, after each step; metrics are device scalars.
     checkpoints: None, or a `checkpoint.Checkpoints`: its newest is resumed, and the last step is
       saved whatever its interval.
+    settings: anything that JSON holds, saved with the checkpoints; a resume with other ones is
+      refused.
     stop: asked after each step; True saves and raises Preempted.
     check_every: steps between looks for a NaN or an infinity; there is one before each save too.
 
@@ -54,7 +57,7 @@ def fit(loss_fn, params, batches, tx, *, steps, trainable='.*', frozen=None, mes
   _check_trainable(train)
   train = jax.tree.map(jnp.copy, train)                # update donates it
   opt = _optimizer_state(tx, train, mesh)
-  meta = dict(seed=seed, data=getattr(batches, 'fingerprint', None))
+  meta = dict(seed=seed, data=getattr(batches, 'fingerprint', None), settings=settings)
   first, before, start = 0, 0., time.monotonic()
   seconds = lambda: before + time.monotonic() - start
   if checkpoints is not None:

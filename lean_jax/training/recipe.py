@@ -41,14 +41,17 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
   if teacher is not None and teacher[0].config.vocabulary != module.config.vocabulary:
     raise InputError(f'the teacher has a vocabulary of {teacher[0].config.vocabulary} and the '
                      f'student of {module.config.vocabulary}; soft labels need the same tokenizer')
-  tx = adamw(steps=steps, peak=peak, warmup=warmup, decay=decay, weight_decay=weight_decay,
-             clip=clip)
+  schedule = dict(steps=steps, peak=peak, warmup=warmup, decay=decay, weight_decay=weight_decay,
+                  clip=clip)
+  tx = adamw(**schedule)
+  settings = dict(schedule, accumulate=accumulate)
   frozen = {}
   if teacher is None:
     loss = _next_token(module)
   else:
     loss = _distillation(module, teacher[0], temperature, soft_weight)
     frozen = dict(teacher_params=teacher[1])
+    settings |= dict(temperature=temperature, soft_weight=soft_weight)
   trainable = trainable or (ADAPTERS if has_adapters(params) else '.*')
   with contextlib.ExitStack() as stack:
     checkpoints = None
@@ -60,7 +63,7 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
             Metrics(folder, every=log_every, first=checkpoints.latest() or 0)))
     return fit(loss, params, batches, tx, steps=steps, trainable=trainable, frozen=frozen,
                mesh=mesh, accumulate=accumulate, seed=seed, hooks=hooks, checkpoints=checkpoints,
-               stop=stop)
+               settings=settings, stop=stop)
 
 
 def has_adapters(params):

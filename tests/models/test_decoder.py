@@ -72,3 +72,16 @@ def test_taps_hold_the_hidden_states_of_all_layers():
   _, out = jax.eval_shape(lambda x: module.apply({'params': params}, x, mutable=['taps']),
                           jnp.zeros((3, 4), jnp.int32))
   assert out['taps']['layers']['hidden'][0].shape == (TINY.layers, 3, 4, TINY.width)
+
+
+def test_bfloat16_computes_close_to_float32_and_trains_float32_parameters():
+  module, params = fresh(TINY)
+  tokens = jax.random.randint(jax.random.key(0), (2, 16), 0, TINY.vocabulary)
+  half = Decoder(dataclasses.replace(TINY, dtype='bfloat16'))
+  run = lambda module: lambda p: module.apply({'params': p}, tokens)[0]
+  want, got = run(module)(params), run(half)(params)
+  assert got.dtype == jnp.float32
+  # eight bits of mantissa, through a few layers
+  assert float(jnp.abs(got - want).max()) < .05 * float(jnp.abs(want).max())
+  grads = jax.grad(lambda p: run(half)(p).sum())(params)
+  assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype('float32')}

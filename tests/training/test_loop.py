@@ -151,6 +151,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     fit(LOSS, initial(), Batches(), TX, steps=2, checkpoints=c)
   with Checkpoints(tmp_path, every=2) as c, pytest.raises(InputError, match='another seed'):
     fit(LOSS, initial(), Batches(), TX, steps=4, checkpoints=c, seed=1)
+  with Checkpoints(tmp_path, every=2) as c, pytest.raises(InputError, match='another settings'):
+    fit(LOSS, initial(), Batches(), TX, steps=4, checkpoints=c, settings=dict(peak=1.))
 
 
 def test_being_stopped_saves(tmp_path):
