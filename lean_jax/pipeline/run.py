@@ -42,6 +42,9 @@ def run(config, workdir, bars=None):
   workdir, bars = pathlib.Path(workdir), bars or Bars()
   mesh = make_mesh(**dict(config.mesh))
   teacher = api.load(config.teacher) if config.teacher else None
+  if teacher and config.data.window > teacher.config.context:
+    raise InputError(f'data.window is {config.data.window} tokens, the teacher in {config.teacher} '
+                     f'reads {teacher.config.context} at most; lower --config.data.window')
   main, domain = _source(config.data), _source(config.domain)
   settings = _settle(config, workdir, (main, domain))
   with termination() as stop:
