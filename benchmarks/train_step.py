@@ -28,15 +28,16 @@ def jax_step(size, tokens):
   import jax
   import jax.numpy as jnp
   import numpy as np
+  from flax.core import meta
 
-  from lean_jax import tree
+  from lean_jax.interop import hf
   from lean_jax.models.decoder import Decoder, DecoderConfig
   from lean_jax.objectives.language_modeling import next_token
   from lean_jax.training.loop import fit
   from lean_jax.training.optimizer import adamw
   module = Decoder(DecoderConfig(**{k: v for k, v in size.items() if k != 'batch'}))
   params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))['params']
-  arrays = {k: np.asarray(x) for k, x in tree.named_arrays(params).items()}
+  arrays = {name: np.asarray(meta.unbox(leaf)) for name, leaf in hf.leaves(params)}
   batch = dict(tokens=tokens)
   first = float(jax.jit(next_token(module))(params, batch, None)[0])
 
