@@ -53,7 +53,7 @@ def get_config(size=''):
     c.speed.update(prompt=32, decode=16, batch=2)
     c.sample.tokens = 40
   if size == 'full':
-    # About 400 million parameters on Wikipedia: for one TPU VM or one H200, not for a laptop.
+    # About 310 million parameters on Wikipedia: for one TPU VM or one H200, not for a laptop.
     c.data.update(path='tfds:wikipedia/20230601.en', window=2048, train_tokens=2_000_000_000,
                   test_tokens=2 ** 20)
     c.domain.update(train_tokens=10_000_000, test_tokens=2 ** 18)

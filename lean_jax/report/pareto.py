@@ -1,4 +1,6 @@
 """Size against perplexity, every variant a labelled point."""
+import math
+
 import matplotlib
 from matplotlib import ticker
 from matplotlib.figure import Figure
@@ -32,6 +34,7 @@ def pareto(variants):
     low, high = min(p[0] for p in points), max(p[0] for p in points)
     axes.set_xlim(low / 1.2, high * 1.6)
     axes.grid(True, which='both', alpha=.2)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ticker.EngFormatter('B'))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     for kind in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -40,8 +43,7 @@ def pareto(variants):
 
 
 def _labels(axes, points, names):
-  """Names beside their points; of points that would overlap, the labels go down a staircase."""
-  import math
+  """Names beside their points; where they would overlap, the later ones go up."""
   taken = []
   spread = lambda k: max(math.log(max(p[k] for p in points) / min(p[k] for p in points)), 1e-6)
   dx, dy = spread(0) / 3, spread(1) / 22
@@ -53,4 +55,5 @@ def _labels(axes, points, names):
     taken.append((x, at))
     axes.annotate(names[k], points[k], (points[k][0] * 1.04, math.exp(at)),
                   arrowprops=dict(arrowstyle='-', alpha=.3, lw=.6) if at != y else None,
-                  va='center', fontsize=8)
+                  va='center', fontsize=8,
+                  bbox=dict(boxstyle='round,pad=.1', facecolor='white', edgecolor='none', alpha=.7))

@@ -1,0 +1,37 @@
+"""The experiment's sizes: what each says of itself."""
+import importlib
+import math
+
+import pytest
+
+from lean_jax.interop import hf
+from lean_jax.models.decoder import DecoderConfig
+
+pipeline = importlib.import_module('lean_jax.experiments.lean_pipeline')
+
+
+@pytest.mark.parametrize('size', pipeline.SIZES)
+def test_every_variant_starts_from_one_before_it_and_every_claim_is_on_a_variant(size):
+  c = pipeline.get_config(size)
+  names = [v['name'] for v in c.variants]
+  for k, v in enumerate(c.variants):
+    assert v['start'] in ('teacher', 'random', *names[:k])
+    assert v.get('phase') in (None, *c.phases)
+    assert v.get('teacher') in (None, *names[:k])
+  for claim in c.claims:
+    assert {claim[side].split('.')[0] for side in ('left', 'right')} <= set(names)
+  assert c.sample.variant in names
+  assert c.speed.prompt + c.speed.decode <= c.data.window
+
+
+def test_the_full_size_has_several_hundred_million_parameters():
+  c = pipeline.get_config('full')
+  shapes = hf.shapes(hf.abstract(DecoderConfig(
+      vocabulary=c.tokenizer.vocabulary, context=c.data.window, **dict(c.model))))
+  count = sum(math.prod(shape) for shape in shapes.values())
+  assert 2.5e8 < count < 6e8
+
+
+def test_an_unknown_size_is_refused():
+  with pytest.raises(ValueError, match='tiny'):
+    pipeline.get_config('huge')
