@@ -1,6 +1,6 @@
 """Our training step against the same model and optimizer in PyTorch, taking turns in one process.
 
-python benchmarks/train_step.py [--size small|large] [--rounds 15] [--keep-heap] [--compile]
+python benchmarks/train_step.py [--size small|large] [--rounds 15] [--compile]
 
 Prints, of each: tokens a CPU-second (all threads) and a second of wall time, medians over rounds,
 and the ratios to PyTorch eager. First it holds the losses of both against each other on the same
@@ -134,12 +134,8 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--size', choices=SIZES, default='small')
   parser.add_argument('--rounds', type=int, default=15)
-  parser.add_argument('--keep-heap', action='store_true', help='as lean-jax run does, for both')
   parser.add_argument('--compile', action='store_true', help='torch.compile too')
   arguments = parser.parse_args()
-  if arguments.keep_heap:
-    from lean_jax.training.heap import keep_heap
-    keep_heap()
   import jax
   import numpy as np
   import torch
@@ -161,7 +157,7 @@ def main():
       if k >= 2:
         found[name].append((cpu_seconds() - cpu, time.perf_counter() - wall))
   print(f'{arguments.size}: {size}; float32, {os.cpu_count()} cores, {jax.devices()[0]}, '
-        f'jax {jax.__version__}, torch {torch.__version__}, keep_heap {arguments.keep_heap}')
+        f'jax {jax.__version__}, torch {torch.__version__}')
   medians = {name: [statistics.median(column) for column in zip(*rows)]
              for name, rows in found.items()}
   base = medians['torch eager']

@@ -48,8 +48,9 @@ def get_config(size=''):
     c.data.update(window=64, train_tokens=200_000, test_tokens=4096)
     c.domain.update(train_tokens=100_000, test_tokens=4096)
     c.model.update(width=64, layers=2, heads=2, hidden=128)
-    c.phases.teacher.steps, c.phases.student.steps = 150, 60
-    c.phases.longer.steps, c.phases.adapt.steps = 40, 40
+    c.phases.teacher.steps, c.phases.adapt.steps = 100, 40
+    c.phases.student.steps = 50
+    c.phases.longer.update(c.phases.student)   # one schedule, so that one compiled step serves both
     c.speed.update(prompt=32, decode=16, batch=2)
     c.sample.tokens = 40
   if size == 'full':

@@ -86,8 +86,6 @@ def _demo(arguments, rest):
 
 
 def _run(arguments, rest):
-  from lean_jax.training.heap import keep_heap
-  keep_heap()
   config = _config(rest)
   from lean_jax.pipeline.run import run
   from lean_jax.report import table
