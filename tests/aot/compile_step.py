@@ -1,4 +1,5 @@
-"""Compiles a sharded distillation step for a TPU topology, ahead of time; prints bytes a chip."""
+"""Compiles a sharded distillation step for a TPU topology, ahead of time; prints its bytes."""
+import json
 import os
 import sys
 
@@ -60,10 +61,10 @@ def main(topology, kind):
   with mesh.on(grid):
     done = update.trace(train, opt, scalar, rest, frozen, batch, key, scalar).lower(
         lowering_platforms=('tpu',)).compile()
-  text = done.as_text()
-  print(topology, kind, done.memory_analysis().temp_size_in_bytes, 'collectives',
-        {name: text.count(f' {name}(') + text.count(f' {name}-start(')
-         for name in ('all-reduce', 'all-gather', 'reduce-scatter')})
+  memory = done.memory_analysis()
+  whole = tree.nbytes((train, opt, rest, frozen))
+  print(json.dumps(dict(topology=topology, kind=kind, chip=memory.argument_size_in_bytes,
+                        temporaries=memory.temp_size_in_bytes, whole=whole)))
 
 
 if __name__ == '__main__':

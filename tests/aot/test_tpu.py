@@ -1,4 +1,5 @@
 """The sharded step compiles for real TPUs, on a machine that has none (extra `aot`: libtpu)."""
+import json
 import os
 import pathlib
 import subprocess
@@ -17,4 +18,5 @@ def test_a_sharded_distillation_step_compiles_for_a_tpu(topology, kind):
   done = subprocess.run([sys.executable, SCRIPT, topology, kind], capture_output=True, text=True,
                         env=dict(os.environ, XLA_FLAGS=''))
   assert done.returncode == 0, done.stderr[-3000:]
-  assert "'all-reduce': 0" not in done.stdout            # it is really sharded
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert found['chip'] < .4 * found['whole']             # on four chips: it is really sharded
