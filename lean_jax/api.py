@@ -142,7 +142,7 @@ def quantize(model: Model, scheme: str, *, where: str = MATRICES) -> Model:
   """The model with its matrices rounded to nearest in an integer format.
 
   Args:
-    scheme: 'w8a8', 'w4a16-g64', 'w2a16-g64', ...: see quantize/formats.py.
+    scheme: 'w8a8', 'w4a16-g64', 'w2a16-g64', ...: see quantization/formats.py.
     where: a regular expression on the weights' whole names.
   """
   return _apply(model, dict(where=where, method='rtn', spec=scheme))
@@ -168,7 +168,7 @@ def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3
     data: a path (see `data.sources.open_source`), a Source, or Windows.
     window: tokens a window; None is the model's context, at most 512.
     workdir: where checkpoints and metrics go; the same call goes on from what is there.
-    settings: of `train.recipe.train`: warmup, weight_decay, trainable, hooks, mesh, ...
+    settings: of `training.recipe.train`: warmup, weight_decay, trainable, hooks, mesh, ...
   """
   window = window or min(model.config.context, 512)
   with _windows(data, 'train', model, window, field) as windows:
@@ -215,9 +215,7 @@ def evaluate(model: Model, data, *, window: int | None = None, field: str = 'tex
 
 
 def _check_described(folder, config, params):
-  wanted = hf.shapes(hf.abstract(config))
-  found = hf.shapes(params)
-  odd = [n for n in wanted | found if found.get(n) != wanted.get(n)]
+  odd = hf.misfits(config, params)
   if odd:
     raise InputError(f'{folder}: lean.json and config.json are of different models, they differ in '
                      f'{tensors.listed(odd)}; copy or make the folder again')

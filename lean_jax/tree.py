@@ -1,5 +1,6 @@
 """Parameters as a tree of named weights: rules, the parts that train, and sizes."""
 import difflib
+import math
 import re
 
 import jax
@@ -107,10 +108,7 @@ def parameters(params):
   def one(x):
     if not is_weight(x):
       return x.size
-    dense = 1
-    for n in x.shape:
-      dense *= n
-    extra = 0
+    dense, extra = math.prod(x.shape), 0
     while hasattr(x, 'base'):
       extra += sum(a.size for k, a in vars(x).items() if k != 'base' and hasattr(a, 'size'))
       x = x.base

@@ -73,8 +73,7 @@ def save_hf(folder, family, config, params, hf_config=None):
     InputError: params are not those of the config, or the folder cannot be written.
   """
   folder = pathlib.Path(folder)
-  found, wanted = shapes(params), shapes(abstract(config))
-  odd = [n for n in wanted | found if found.get(n) != wanted.get(n)]
+  odd = misfits(config, params)
   if odd:
     raise InputError(f'{tensors.listed(odd)}: not as in a {family.model_type} of this config; '
                      'merge or remove what was added, or give the config of these parameters')
@@ -111,6 +110,12 @@ def leaves(params):
   """[(name, weight or array)], in the tree's order."""
   found = jax.tree_util.tree_leaves_with_path(params, is_leaf=tree.is_weight)
   return [(tree.name(path), leaf) for path, leaf in found]
+
+
+def misfits(config, params):
+  """The names that params lack, have beyond those of `Decoder(config)`, or have in other shapes."""
+  found, wanted = shapes(params), shapes(abstract(config))
+  return [n for n in wanted | found if found.get(n) != wanted.get(n)]
 
 
 def shapes(params):

@@ -15,8 +15,8 @@ def measure(model, test, domain, speeds, progress=None):
     model: lean_jax.Model.
     test: Windows of the test split.
     domain: None, or Windows of the new domain's test split.
-    speeds: settings of `evaluate.speed`.
-    progress: as `evaluate.perplexity` takes it.
+    speeds: settings of `evaluation.speed.speed`.
+    progress: as `evaluation.perplexity.perplexity` takes it.
 
   Returns:
     A dict of figures, as a variant of `report.json` has them, without name and train_seconds.

@@ -45,21 +45,21 @@ class Bars:
     self.console.print(f'{title:<34} {text}', markup=False)
 
 
-def training(update, steps, tokens, first=0, every=10):
+def training(update, steps, tokens, every=10):
   """A hook of `fit` that shows the losses and tokens a second.
 
   Args:
     update: of a bar.
     steps: in all.
     tokens: a step.
-    first: the step that the run goes on from.
   """
-  since = [time.monotonic(), first]
+  since = []                             # when and at which step the rate was last looked at
 
   def hook(step, metrics):
+    now = time.monotonic()
+    since[:] = since or (now, step)        # the first step's time is compilation
     if step % every and step != steps:
       return
-    now = time.monotonic()
     rate = (step - since[1]) * tokens / max(now - since[0], 1e-9)
     since[:] = now, step
     terms = '  '.join(f'{k} {float(v):.3f}' for k, v in metrics.items())

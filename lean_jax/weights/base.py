@@ -102,6 +102,11 @@ def positions(dims, letters):
   return tuple(k for k, d in enumerate(dims) if d in letters)
 
 
+def unstacked(shape, dims):
+  """The sizes of the dense axes but the stacked ones."""
+  return tuple(n for n, d in zip(shape, dims) if d != 'n')
+
+
 def to_matrix(value, dims):
   """A dense value as [*n *e I O]: stacked and batched axes first, then one axis a side."""
   order = positions(dims, 'n') + positions(dims, 'e') + positions(dims, 'i') + positions(dims, 'o')

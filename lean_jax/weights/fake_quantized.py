@@ -5,7 +5,16 @@ from flax.core import meta
 
 from lean_jax.kernels.fake_quant import api as fake_quant
 from lean_jax.quantization import formats
-from lean_jax.weights.base import Weight, Wrapper, as_matmul, from_matrix, pytree, static, to_matrix
+from lean_jax.weights.base import (
+  Weight,
+  Wrapper,
+  as_matmul,
+  from_matrix,
+  pytree,
+  static,
+  to_matrix,
+  unstacked,
+)
 
 
 @pytree
@@ -20,7 +29,7 @@ class FakeQuantized(Wrapper):
 
   def unbox(self):
     value = meta.unbox(self.base)
-    sizes = tuple(n for n, d in zip(value.shape, self.dims) if d != 'n')
+    sizes = unstacked(value.shape, self.dims)
     rounded = fake_quant.fake_quant(to_matrix(value, self.dims), self.spec)
     return from_matrix(rounded, self.dims, sizes)
 

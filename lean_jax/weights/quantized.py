@@ -1,5 +1,6 @@
 """The weight stored in few bits: packed integers and their scales."""
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ from lean_jax.weights.base import (
   as_matmul,
   from_matrix,
   matrix_names,
+  positions,
   pytree,
   static,
   to_matrix,
+  unstacked,
 )
 
 
@@ -35,7 +38,7 @@ class Quantized(Weight):
   @classmethod
   def of(cls, value, spec, dims, axes):
     """Quantizes a dense value by rounding to nearest."""
-    sizes = tuple(n for n, d in zip(value.shape, dims) if d != 'n')
+    sizes = unstacked(value.shape, dims)
     codes, scale, zero = formats.quantize(to_matrix(value, dims), spec)
     return cls(formats.pack(codes, spec.bits), scale, zero, spec, sizes, str(value.dtype), dims,
                axes)
@@ -43,10 +46,7 @@ class Quantized(Weight):
   @property
   def matrix_rows(self):
     """The length I of the contraction axis."""
-    rows = 1
-    for n, d in zip(self.sizes, self.dims.replace('n', '')):
-      rows *= n if d == 'i' else 1
-    return rows
+    return math.prod(self.sizes[k] for k in positions(self.dims.replace('n', ''), 'i'))
 
   def matrix(self, dtype):
     """The dequantized weight, [*n *e I O]."""
