@@ -21,8 +21,8 @@ from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.files import occupied, replace_folder
 from lean_jax.generation import generate as generate_ids
 from lean_jax.interop import hf, tensors
-from lean_jax.models.decoder import Decoder, DecoderConfig
 from lean_jax.models.families import Family, family_of
+from lean_jax.models.stack import StackConfig
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
 
@@ -42,15 +42,15 @@ class Model:
     hf_config: config.json as it was loaded; {} for a model made here.
   """
   family: Family
-  config: DecoderConfig
+  config: StackConfig
   params: Any
   tokenizer: Tokenizer
   hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
-  def module(self) -> Decoder:
+  def module(self):
     """The Linen module: `module.apply({'params': params}, tokens)` gives logits."""
-    return Decoder(self.config)
+    return self.config.module
 
   def logits(self, tokens) -> jax.Array:
     """Logits of the token after each, [B T V] float32, of tokens [B T]."""

@@ -1,10 +1,8 @@
 """How a student starts: as some of the teacher's layers."""
 import dataclasses
 
-import jax
-
 from lean_jax.errors import InputError
-from lean_jax.tree import is_weight
+from lean_jax.models.segments import restacked, unstacked
 
 
 def alternating(layers, keep):
@@ -23,16 +21,17 @@ def alternating(layers, keep):
 
 
 def take_layers(config, params, indices):
-  """The model made of some layers of a decoder, in the order given.
+  """The model made of some layers of a stack, in the order given.
 
   Args:
-    config: DecoderConfig.
-    params: its parameters, the layers stacked under 'layers'.
+    config: of a decoder or an encoder.
+    params: its parameters, the layers under 'layers'.
     indices: of the layers to keep.
 
   Returns:
     config, params, of the smaller model; arrays are copies.
   """
-  pick = lambda x: x[jax.numpy.asarray(indices)]
-  layers = jax.tree.map(lambda w: jax.tree.map(pick, w), params['layers'], is_leaf=is_weight)
-  return dataclasses.replace(config, layers=len(indices)), {**params, 'layers': layers}
+  each = unstacked(config, params['layers'])
+  kinds = tuple(config.kinds[k] for k in indices) if config.kinds else ()
+  smaller = dataclasses.replace(config, layers=len(indices), kinds=kinds)
+  return smaller, {**params, 'layers': restacked(smaller, [each[k] for k in indices])}

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: folders of config.json and safetensors."""
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -15,25 +16,24 @@ from flax.core import meta
 from lean_jax import tree
 from lean_jax.errors import InputError
 from lean_jax.interop import tensors
-from lean_jax.models.decoder import Decoder
 from lean_jax.models.families import family_of
+from lean_jax.models.segments import located
 
-# Constants that older checkpoints hold beside the parameters.
-_CONSTANTS = re.compile(r'.*\.(rotary_emb\.inv_freq|masked_bias)')
 _DTYPES = ('float32', 'bfloat16', 'float16')
 _STORED = ('F64', 'F32', 'F16', 'BF16')
 _TOKENS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
-def load_hf(folder, *, dtype=None):
+def load_hf(folder, *, dtype=None, scan_layers=True):
   """Reads a model, one tensor at a time.
 
   Args:
     folder: has config.json and model.safetensors, or the files of model.safetensors.index.json.
     dtype: of parameters, activations and products; None is 'float32'.
+    scan_layers: whether layers of one kind are stacked.
 
   Returns:
-    (family, config, params, config.json as a dict); params are for `Decoder(config)`.
+    (family, config, params, config.json as a dict); params are for `config.module`.
 
   Raises:
     InputError: files are absent or damaged, the model computes what we do not, or its tensors
@@ -46,15 +46,16 @@ def load_hf(folder, *, dtype=None):
     raise InputError(f'{str(folder)!r} is no folder; give the folder of a Hugging Face model')
   hf = tensors.read_json(folder / 'config.json')
   family = family_of(hf)
-  config = dataclasses.replace(family.from_hf(hf), dtype=dtype)
+  config = configured(family.from_hf(hf), dtype=dtype, scan_layers=scan_layers)
   with contextlib.ExitStack() as stack:
-    stored = tensors.opened(folder, stack)
+    stored = unprefixed(tensors.opened(folder, stack), family)
     with tensors.readable(folder):
       check(folder, family, config, stored)
+      names = family.names(config)
 
       def one(path, leaf):
-        shape = meta.unbox(leaf).shape
-        value = read(stored, *family.names[tree.name(path)], shape, dtype)
+        key, layers = place(config, tree.name(path))
+        value = read(stored, names[key], layers, meta.unbox(leaf).shape, dtype)
         return leaf.replace_boxed(value) if tree.is_weight(leaf) else value
       params = jax.tree_util.tree_map_with_path(one, abstract(config), is_leaf=tree.is_weight)
   return family, config, params, hf
@@ -66,7 +67,7 @@ def save_hf(folder, family, config, params, hf_config=None):
   Args:
     folder: exists; what it has of these files is overwritten.
     family, config: as from `load_hf`.
-    params: of `Decoder(config)`, of any kinds of weights.
+    params: of `config.module`, of any kinds of weights.
     hf_config: where the ids of special tokens are taken from; None writes none.
 
   Raises:
@@ -77,13 +78,16 @@ def save_hf(folder, family, config, params, hf_config=None):
   if odd:
     raise InputError(f'{tensors.listed(odd)}: not as in a {family.model_type} of this config; '
                      'merge or remove what was added, or give the config of these parameters')
-  out = {}
+  names, found = family.names(config), {}
   for path, leaf in leaves(params):
-    name, transposed = family.names[path]
-    value = np.asarray(meta.unbox(leaf))
-    layers = [*value] if '{}' in name else [value]
-    for k, x in enumerate(layers):
-      out[name.format(k)] = np.ascontiguousarray(x.T if transposed else x)
+    key, layers = place(config, path)
+    value, stored = np.asarray(meta.unbox(leaf)), names[key]
+    for name, at in pieces(stored, layers, value.shape):
+      found.setdefault(name, {})[stored.index] = (stored, stored.write(value[at]))
+  out = {}
+  for name, cut in found.items():
+    stored = cut[0][0]
+    out[name] = np.ascontiguousarray(stored.join([cut[k][1] for k in range(len(cut))]))
   try:
     # transformers 4 refuses a file that does not say that it is of PyTorch's layout.
     safetensors.numpy.save_file(out, folder / 'model.safetensors', metadata=dict(format='pt'))
@@ -96,14 +100,25 @@ def save_hf(folder, family, config, params, hf_config=None):
 
 def write_config(folder, family, config, hf_config=None, dtype='float32'):
   """Writes config.json: of the config, and the ids of special tokens in `hf_config`."""
-  hf = family.to_hf(config) | {k: (hf_config or {}).get(k) for k in _TOKENS}
+  tokens = {k: (hf_config or {}).get(k) for k in _TOKENS}
+  hf = tokens | family.to_hf(config)
   text = json.dumps(hf | dict(torch_dtype=str(dtype)), indent=2)
   pathlib.Path(folder, 'config.json').write_text(text + '\n', encoding='utf-8')
 
 
+def configured(config, **settings):
+  """The config with settings that concern each of its stacks: dtype, remat, scan_layers."""
+  inner = {f.name: configured(value, **settings) for f in dataclasses.fields(config)
+           if hasattr(value := getattr(config, f.name), 'scan_layers')}
+  own = {k: v for k, v in settings.items() if hasattr(config, k)}
+  return dataclasses.replace(config, **own, **inner)
+
+
 def abstract(config):
-  """The params of `Decoder(config)`, with jax.ShapeDtypeStruct for arrays."""
-  return jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), int))['params']
+  """The params of `config.module`, with jax.ShapeDtypeStruct for arrays."""
+  module = config.module
+  tokens = {name: jax.ShapeDtypeStruct((1, 1), jnp.int32) for name in module.inputs}
+  return jax.eval_shape(module.init, jax.random.key(0), **tokens)['params']
 
 
 def leaves(params):
@@ -113,7 +128,7 @@ def leaves(params):
 
 
 def misfits(config, params):
-  """The names that params lack, have beyond those of `Decoder(config)`, or have in other shapes."""
+  """The names that params lack, have beyond those of `config.module`, or have in other shapes."""
   found, wanted = shapes(params), shapes(abstract(config))
   return [n for n in wanted | found if found.get(n) != wanted.get(n)]
 
@@ -123,19 +138,47 @@ def shapes(params):
   return {name: tuple(leaf.shape) for name, leaf in leaves(params)}
 
 
+def place(config, path):
+  """`segments.located` in the stack of the model that a path is in: its key, and its layers."""
+  for prefix, stack in sorted(config.stacks.items(), reverse=True):
+    if path.startswith(prefix):
+      key, layers = located(stack, path.removeprefix(prefix))
+      return prefix + key, layers
+  return path, None
+
+
+def pieces(stored, layers, shape):
+  """[(name of a tensor, where in our array it belongs)]: one for each layer and expert."""
+  numbers = dict(layer=[((), layers)] if not isinstance(layers, tuple) else
+                 [((k,), n) for k, n in enumerate(layers)])
+  depth = 1 if isinstance(layers, tuple) else 0
+  numbers['expert'] = ([((e,), e) for e in range(shape[depth])] if '{expert}' in stored.name
+                       else [((), None)])
+  return [(stored.name.format(layer=layer, expert=expert), a + b)
+          for (a, layer), (b, expert) in itertools.product(*numbers.values())]
+
+
+def unprefixed(stored, family):
+  """Tensors by name, with the family's prefix where a checkpoint leaves it out everywhere."""
+  if not family.prefix or any(name.startswith(family.prefix) for name in stored):
+    return {name: (file, name) for name, file in stored.items()}
+  both = {name: (file, name) for name, file in stored.items()}
+  return both | {family.prefix + name: found for name, found in both.items()}
+
+
 def check(folder, family, config, stored):
   """Raises InputError if the tensors in a folder are not those of its config."""
-  wanted = {}
+  names, wanted = family.names(config), {}
   for path, shape in shapes(abstract(config)).items():
-    name, transposed = family.names[path]
-    count, shape = (shape[0], shape[1:]) if '{}' in name else (1, shape)
-    wanted |= {name.format(k): shape[::-1] if transposed else shape for k in range(count)}
-  head, embedding = (family.names[path][0] for path in ('head/kernel', 'embed/table'))
-  repeated = {head} if config.tied else set()
+    key, layers = place(config, path)
+    for name, at in pieces(names[key], layers, shape):
+      wanted[name] = names[key].tensor_shape(shape[len(at):])
+  used = {stored[n][1] for n in wanted if n in stored}
+  repeated = {names[k].name for k in ('head/kernel',) if k in names} if tied(config) else set()
   missing = [n for n in wanted if n not in stored]
-  extra = [n for n in stored
-           if n not in wanted and n not in repeated and not _CONSTANTS.fullmatch(n)]
-  slices = {n: stored[n].get_slice(n) for n in wanted if n in stored}
+  extra = [n for n in sorted({n for _, n in stored.values()})
+           if n not in used and n not in repeated and not re.fullmatch(family.ignored, n)]
+  slices = {n: stored[n][0].get_slice(stored[n][1]) for n in wanted if n in stored}
   shape = {n: tuple(s.get_shape()) for n, s in slices.items()}
   wrong = [f'{n} {shape[n]} instead of {wanted[n]}' for n in slices if shape[n] != wanted[n]]
   kinds = [f'{n} {s.get_dtype()}' for n, s in slices.items() if s.get_dtype() not in _STORED]
@@ -144,21 +187,23 @@ def check(folder, family, config, stored):
   if faults:
     raise InputError(f'{str(folder)!r} does not fit its config.json: {"; ".join(faults)}; '
                      'give the files of one model')
-  if config.tied and head in stored and not np.array_equal(
-      stored[head].get_tensor(head), stored[embedding].get_tensor(embedding)):
-    raise InputError(f'{str(folder)!r} has a {head} that differs from {embedding}, though its '
-                     'config.json ties them; set tie_word_embeddings to false')
+  for head in repeated & stored.keys():
+    embedding = names['embed/table'].name
+    if not np.array_equal(*(stored[n][0].get_tensor(stored[n][1]) for n in (head, embedding))):
+      raise InputError(f'{str(folder)!r} has a {head} that differs from {embedding}, though its '
+                       'config.json ties them; set tie_word_embeddings to false')
 
 
-def read(stored, name, transposed, shape, dtype):
-  """The array of one weight, its layers stacked."""
-  def turned(name):
-    x = stored[name].get_tensor(name)
-    return x.T if transposed else x
+def tied(config):
+  """Whether the output head is the embedding's transpose."""
+  return getattr(config, 'tied', False)
 
-  if '{}' not in name:
-    return jnp.asarray(turned(name).astype(dtype))
+
+def read(stored, where, layers, shape, dtype):
+  """The array of one weight, its layers and experts stacked."""
+  found = pieces(where, layers, shape)
   out = np.empty(shape, dtype)
-  for k in range(len(out)):
-    out[k] = turned(name.format(k))
+  for name, at in found:
+    file, actual = stored[name]
+    out[at] = where.read(file.get_tensor(actual), shape[len(at):])
   return jnp.asarray(out)

@@ -1,4 +1,5 @@
-"""Causal self-attention with grouped keys and values."""
+"""Attention with grouped keys and values, to the tokens themselves or to an encoder's."""
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,63 +8,148 @@ from flax import linen as nn
 
 from lean_jax.nn.causal import causal_attention
 from lean_jax.nn.linear import Linear
-from lean_jax.nn.rope import rotate
+from lean_jax.nn.norm import RMSNorm
+from lean_jax.nn.rope import Rope, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+  """What attention computes beside softmax(q k / sqrt(K)) v.
+
+  Attributes:
+    ropes: rotary positions; a layer's `rotary` says which of them it uses. () for none.
+    bias: whether the products for queries, keys and values have biases.
+    out_bias: whether the last product has one.
+    norm: RMSNorm of queries and keys: None, each 'head' by itself (arXiv:2302.05442), or the
+      'whole' width at once.
+    scale: of the scores; None is 1 / sqrt(K).
+    softcap: scores become softcap * tanh(scores / softcap); None leaves them (arXiv:2408.00118).
+    sinks: whether each head has a learned score of attending to nothing (arXiv:2309.17453).
+  """
+  ropes: tuple[Rope, ...] = (Rope(),)
+  bias: bool = False
+  out_bias: bool = False
+  norm: str | None = None
+  scale: float | None = None
+  softcap: float | None = None
+  sinks: bool = False
 
 
 class Attention(nn.Module):
   """Multi-head attention, the key and value heads shared by groups (arXiv:2305.13245)."""
-  heads: int
-  groups: int
-  head_width: int
-  dtype: Any = jnp.float32
+  config: Any
 
   @nn.compact
-  def __call__(self, x, cos, sin, mask, cache, offset):
-    """Attends.
-
-    Args:
-      x: [B T D].
-      cos, sin: [T K/2], of the queries' positions.
-      mask: [T S], True where a query may see a key of the cache; unused without one.
-      cache: None, or the keys and values so far, dict(k, v) of [B S G K].
-      offset: where in the cache the first query stands; unused without one.
-
-    Returns:
-      [B T D], and the cache with the new keys and values in it (None without one).
-    """
+  def __call__(self, x, frame, layer, slot):
+    """Attends to what `frame` and `layer` let it; keys and values go through `slot`."""
     B, T, D = x.shape
-    H, G, K = self.heads, self.groups, self.head_width
-    into = lambda name, n: Linear('btd,df->btf', (D, n * K), ('embed', 'heads'), self.dtype,
-                                  name=name)(x).reshape(B, T, n, K)
-    q, k, v = into('q', H), into('k', G), into('v', G)
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if cache is not None:
-      put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-          old, new.astype(old.dtype), offset, axis=1)
-      cache = dict(k=put(cache['k'], k), v=put(cache['v'], v))
-      y = attend(q, cache['k'].astype(self.dtype), cache['v'].astype(self.dtype), mask)
+    c, o = self.config, self.config.attention
+    q = self._heads('q', x, c.heads)
+    k, v = self._heads('k', x, c.groups), self._heads('v', x, c.groups, normed=False)
+    if o.ropes:
+      cos, sin = frame.cos[layer.rotary], frame.sin[layer.rotary]              # [B T R/2]
+      turn = lambda h: rotate(h, cos, sin, o.ropes[0].interleaved)
+      q, k = turn(q), turn(k)
+    scale = c.head_width ** -.5 if o.scale is None else o.scale
+    sinks = self.param('sinks', nn.initializers.zeros, (c.heads,)) if o.sinks else None
+    whole = (c.causal and slot is None and frame.mask is None and frame.bias is None
+             and layer.window is None and o.softcap is None and sinks is None)
+    if whole:
+      y = causal_attention(q, k, v, scale)
     else:
-      y = causal_attention(q, k, v)
-    y = y.reshape(B, T, H * K)
-    y = nn.with_logical_constraint(y, ('batch', 'length', 'heads'))
-    return Linear('btf,fd->btd', (H * K, D), ('heads', 'embed'), self.dtype, name='o')(y), cache
+      if slot is not None:
+        slot = slot.put('k', k, frame.offset).put('v', v, frame.offset)
+        k, v = slot.get('k').astype(c.dtype), slot.get('v').astype(c.dtype)
+      visible = frame.visible
+      if layer.window is not None:
+        visible = visible & (jnp.abs(frame.distance) < layer.window)[None, None]
+      y = attend(q, k, v, visible, scale=scale, softcap=o.softcap, sinks=sinks, bias=frame.bias)
+    y = nn.with_logical_constraint(y.reshape(B, T, -1), ('batch', 'length', 'heads'))
+    y = Linear('btf,fd->btd', (c.heads * c.head_width, D), ('heads', 'embed'), c.dtype,
+               o.out_bias, name='o')(y)
+    return y, slot
+
+  def _heads(self, name, x, n, normed=True):
+    """[B T n K] of x [B T D]."""
+    c, o = self.config, self.config.attention
+    B, T, D = x.shape
+    norm = lambda h: RMSNorm(c.epsilon, c.dtype, c.norm_offset, name=f'{name}_norm')(h)
+    h = Linear('btd,df->btf', (D, n * c.head_width), ('embed', 'heads'), c.dtype, o.bias,
+               name=name)(x)
+    if normed and o.norm == 'whole':
+      h = norm(h)
+    h = h.reshape(B, T, n, c.head_width)
+    return norm(h) if normed and o.norm == 'head' else h
 
 
-def attend(q, k, v, mask):
-  """softmax(q k / sqrt(K)) v where `mask` lets it, the softmax in float32.
+class CrossAttention(nn.Module):
+  """Attention to an encoder's output, `frame.cross`; its keys and values are made once."""
+  config: Any
+
+  @nn.compact
+  def __call__(self, x, frame, slot):
+    """x [B T D]; gives [B T D] and the slot."""
+    B, T, D = x.shape
+    c, o = self.config, self.config.attention
+    into = lambda name, h, n: Linear(
+        'btd,df->btf', (h.shape[-1], n * c.head_width), ('embed', 'heads'), c.dtype, o.bias,
+        name=name)(h).reshape(B, h.shape[1], n, c.head_width)
+    q = into('q', x, c.heads)
+    if frame.cross is not None:
+      k, v = into('k', frame.cross, c.groups), into('v', frame.cross, c.groups)
+      if slot is not None:
+        slot = slot.set('cross_k', k).set('cross_v', v)
+    else:
+      k, v = slot.get('cross_k').astype(c.dtype), slot.get('cross_v').astype(c.dtype)
+    scale = c.head_width ** -.5 if o.scale is None else o.scale
+    y = attend(q, k, v, frame.cross_visible, scale=scale).reshape(B, T, -1)
+    return Linear('btf,fd->btd', (c.heads * c.head_width, D), ('heads', 'embed'), c.dtype,
+                  o.out_bias, name='o')(y), slot
+
+
+def state_shapes(config, batch, length):
+  """{name: (shape, dtype)} of a layer's keys and values of `length` tokens."""
+  shape = (batch, length, config.groups, config.head_width)
+  return dict(k=(shape, config.dtype), v=(shape, config.dtype))
+
+
+def cross_state_shapes(config, batch, source):
+  """The same of the keys and values of an encoder's `source` tokens."""
+  shape = (batch, source, config.groups, config.head_width)
+  return dict(cross_k=(shape, config.dtype), cross_v=(shape, config.dtype))
+
+
+def attend(q, k, v, visible, *, scale=None, softcap=None, sinks=None, bias=None):
+  """softmax(scale q k) v where `visible` lets it, the softmax in float32.
 
   Args:
     q: [B T H K].
-    k, v: [B S G K], G dividing H.
-    mask: [T S], bool.
+    k: [B S G K], G dividing H.
+    v: [B S G W].
+    visible: [B or 1, 1, T or 1, S], bool. A query that sees nothing gets the mean of all.
+    scale: None is 1 / sqrt(K).
+    softcap: None, or the bound that tanh puts on the scores.
+    sinks: None, or [H]: the score of attending to nothing.
+    bias: None, or [B or 1, H, T, S], added to the scores.
 
   Returns:
-    [B T H K], in q's dtype.
+    [B T H W], in q's dtype.
   """
   B, T, H, K = q.shape
   G = k.shape[2]
   q = q.reshape(B, T, G, H // G, K)
-  scores = jnp.einsum('btghk,bsgk->bghts', q, k, preferred_element_type=jnp.float32) * K ** -.5
-  probs = jax.nn.softmax(jnp.where(mask[None, None, None], scores, -jnp.inf))   # [B G H/G T S]
+  scores = jnp.einsum('btghk,bsgk->bghts', q, k, preferred_element_type=jnp.float32)
+  scores = scores * (K ** -.5 if scale is None else scale)                  # [B G H/G T S]
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  if bias is not None:
+    scores = scores + bias.reshape(bias.shape[0], G, H // G, *bias.shape[2:]).astype(scores.dtype)
+  scores = jnp.where(visible[:, :, None], scores, jnp.finfo(scores.dtype).min)
+  if sinks is None:
+    probs = jax.nn.softmax(scores)
+  else:
+    sink = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(1, G, H // G, 1, 1),
+                            (*scores.shape[:-1], 1))
+    probs = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1))[..., :-1]
   y = jnp.einsum('bghts,bsgk->btghk', probs.astype(v.dtype), v)
-  return y.reshape(B, T, H, K)
+  return y.reshape(B, T, H, -1)

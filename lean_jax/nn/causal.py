@@ -11,21 +11,23 @@ import numpy as np
 LONG = 64                     # queries from which two blocks pay
 
 
-def causal_attention(q, k, v):
-  """softmax(q k / sqrt(K)) v, each query seeing the keys up to its own; the softmax in float32.
+def causal_attention(q, k, v, scale=None):
+  """softmax(scale q k) v, each query seeing the keys up to its own; the softmax in float32.
 
   Args:
     q: [B T H K].
-    k, v: [B T G K], G dividing H.
+    k: [B T G K], G dividing H.
+    v: [B T G W].
+    scale: None is 1 / sqrt(K).
 
   Returns:
-    [B T H K], in q's dtype.
+    [B T H W], in q's dtype.
   """
   B, T, H, K = q.shape
   G = k.shape[2]
-  q = (q * K ** -.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)       # [B G R T K]
+  q = (q * (K ** -.5 if scale is None else scale)).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)       # [B G R T K]
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)                       # [B G T K]
-  return _attend(q, k, v).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+  return _attend(q, k, v).transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
 
 
 @jax.custom_vjp

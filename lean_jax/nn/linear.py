@@ -9,16 +9,22 @@ from lean_jax.weights.base import positions
 
 
 class Linear(nn.Module):
-  """y = einsum(eqn, x, kernel), whatever kind of weight the kernel is."""
+  """y = einsum(eqn, x, kernel) + bias, whatever kind of weight the kernel is."""
   eqn: str                      # 'btd,df->btf'
   shape: tuple[int, ...]        # of the kernel
   axes: tuple[str | None, ...]  # its logical names
   dtype: Any = jnp.float32      # of the product
+  bias: bool = False            # of the kept axes, the last ones of the result
 
   @nn.compact
   def __call__(self, x):
-    kernel = weight(self, 'kernel', dims_of(self.eqn), self.shape, self.axes)
-    return kernel.einsum(self.eqn, x.astype(self.dtype))
+    dims = dims_of(self.eqn)
+    y = weight(self, 'kernel', dims, self.shape, self.axes).einsum(self.eqn, x.astype(self.dtype))
+    if self.bias:
+      kept = tuple(self.shape[k] for k in positions(dims, 'o'))
+      b = self.param('bias', nn.initializers.zeros, kept)
+      y = y + b.reshape((1,) * (y.ndim - len(kept)) + kept).astype(y.dtype)
+    return y
 
 
 class Embedding(nn.Module):

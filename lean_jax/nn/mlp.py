@@ -1,4 +1,6 @@
 """The feed-forward block."""
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,19 +10,46 @@ from flax import linen as nn
 from lean_jax.nn.linear import Linear
 
 
-class GatedMLP(nn.Module):
-  """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, SwiGLU)."""
-  hidden: int
-  dtype: Any = jnp.float32
+@dataclasses.dataclass(frozen=True)
+class MLPOptions:
+  """What a feed-forward block computes.
+
+  Attributes:
+    gated: down(f(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202) instead of down(f(up(x))).
+    activation: f, a name of `ACTIVATIONS`.
+    bias: whether the products have biases.
+  """
+  gated: bool = True
+  activation: str = 'silu'
+  bias: bool = False
+
+
+ACTIVATIONS = dict(
+    silu=nn.silu, relu=nn.relu, tanh=jnp.tanh,
+    gelu=functools.partial(nn.gelu, approximate=False),
+    gelu_tanh=functools.partial(nn.gelu, approximate=True))
+
+
+class MLP(nn.Module):
+  """down(f(gate(x)) * up(x)), or down(f(up(x)))."""
+  config: Any
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, frame):
+    del frame
     _, _, D = x.shape
-    into = lambda name: Linear('btd,df->btf', (D, self.hidden), ('embed', 'mlp'), self.dtype,
+    c, o = self.config, self.config.mlp
+    into = lambda name: Linear('btd,df->btf', (D, c.hidden), ('embed', 'mlp'), c.dtype, o.bias,
                                name=name)(x)
-    h = silu_gate(into('gate'), into('up'))                      # [B T F]
+    h = gated(o.activation, into('gate'), into('up')) if o.gated else (
+        ACTIVATIONS[o.activation](into('up')))                   # [B T F]
     h = nn.with_logical_constraint(h, ('batch', 'length', 'mlp'))
-    return Linear('btf,fd->btd', (self.hidden, D), ('mlp', 'embed'), self.dtype, name='down')(h)
+    return Linear('btf,fd->btd', (c.hidden, D), ('mlp', 'embed'), c.dtype, o.bias, name='down')(h)
+
+
+def gated(activation, gate, up):
+  """f(gate) * up."""
+  return silu_gate(gate, up) if activation == 'silu' else ACTIVATIONS[activation](gate) * up
 
 
 @jax.custom_vjp

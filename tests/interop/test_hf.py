@@ -32,7 +32,7 @@ def equal(a, b):
 def test_layers_are_stacked_and_linears_transposed(tiny_folder):
   folder, tensors = tiny_folder()
   family, config, params, hf = load_hf(folder)
-  assert (family.model_type, config.rope_theta, config.head_width) == ('llama', 500., 6)
+  assert (family.model_type, config.attention.ropes[0].theta, config.head_width) == ('llama', 500., 6)
   assert hf['eos_token_id'] == 2
   down = params['layers']['mlp']['down']['kernel']
   assert (down.dims, down.axes) == ('nio', ('layers', 'mlp', 'embed'))

@@ -1,0 +1,20 @@
+"""The kinds of blocks that a layer can be made of, by name. A new one is one line here."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lean_jax.nn import attention
+from lean_jax.nn.mlp import MLP
+
+
+class Mixer(NamedTuple):
+  """A module that mixes a sequence's tokens, and what it keeps while generating."""
+  module: Callable
+  state_shapes: Callable
+
+
+MIXERS = dict(
+    attention=Mixer(attention.Attention, attention.state_shapes),
+)
+FEED_FORWARDS = dict(
+    mlp=MLP,
+)

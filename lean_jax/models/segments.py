@@ -1,0 +1,121 @@
+"""How a stack's layers are cut into segments that are scanned, and trees brought from one cut to
+another.
+
+A uniform stack is one segment, and its weights stand under 'layers' itself, stacked. Otherwise a
+segment has the name of its first layer, 'layers/3/...'; where several kinds repeat together, each of
+them has its number in the period, 'layers/0/4/...'. Written-out layers are segments of one layer.
+"""
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lean_jax.tree import is_weight
+
+_STACKED = {nn.PARTITION_NAME: 'layers'}
+
+
+class Segment(NamedTuple):
+  """Consecutive layers: `kinds`, each a mixer and a feed-forward, `count` times."""
+  first: int
+  kinds: tuple
+  count: int
+  stacked: bool
+
+  @property
+  def name(self):
+    return str(self.first)
+
+
+def segments(config):
+  """The segments of a stack.
+
+  Layers are taken as the shortest beginning without a pattern, and a pattern that repeats to the
+  end: DeepSeek's first dense layers and its expert layers; Jamba's eight kinds, again and again.
+  """
+  kinds = tuple((l.mixer, l.feed_forward) for l in config.each)
+  return _segments(kinds, config.scan_layers)
+
+
+@functools.lru_cache
+def _segments(kinds, scan):
+  N = len(kinds)
+  if not scan:
+    return tuple(Segment(k, (kind,), 1, False) for k, kind in enumerate(kinds))
+  cuts = [(start + period, start, period) for start in range(N) for period in range(1, N - start + 1)
+          if (N - start) % period == 0 and kinds[start:] == kinds[start:start + period]
+          * ((N - start) // period)]
+  _, start, period = min(cuts)
+  runs = []
+  for k in range(start):
+    if runs and runs[-1].kinds == (kinds[k],):
+      runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+    else:
+      runs.append(Segment(k, (kinds[k],), 1, True))
+  return (*runs, Segment(start, kinds[start:start + period], (N - start) // period, True))
+
+
+def uniform(cut):
+  """Whether segments are a single stack of one kind, which then needs no name."""
+  return len(cut) == 1 and cut[0].stacked and len(cut[0].kinds) == 1
+
+
+def located(config, path):
+  """Which layers a leaf of the tree holds.
+
+  Args:
+    config: of the stack.
+    path: 'layers/0/4/attention/q/kernel', say, or any other name.
+
+  Returns:
+    'layers/attention/q/kernel', and the numbers of the layers that stand along the leaf's first
+    axis; an int for a layer that is not stacked; None for what is no layer's.
+  """
+  head, *rest = path.split('/')
+  if head != 'layers':
+    return path, None
+  cut = segments(config)
+  if uniform(cut):
+    return path, tuple(range(cut[0].count))
+  s = next(s for s in cut if s.name == rest[0])
+  P, inner = len(s.kinds), rest[1:]
+  k, inner = (int(inner[0]), inner[1:]) if P > 1 else (0, inner)
+  at = tuple(range(s.first + k, s.first + s.count * P, P))
+  return '/'.join(['layers', *inner]), at if s.stacked else at[0]
+
+
+def unstacked(config, layers):
+  """The tree of each layer, of the tree under 'layers'."""
+  out, cut = [], segments(config)
+  for s in cut:
+    own = layers if uniform(cut) else layers[s.name]
+    parts = [own] if len(s.kinds) == 1 else [own[str(k)] for k in range(len(s.kinds))]
+    out += [_taken(part, k) if s.stacked else part for k in range(s.count) for part in parts]
+  return out
+
+
+def restacked(config, trees):
+  """The inverse of `unstacked`: the tree under 'layers', of the tree of each layer."""
+  cut, out = segments(config), {}
+  for s in cut:
+    P = len(s.kinds)
+    own = trees[s.first:s.first + s.count * P]
+    parts = [_stacked(own[k::P]) if s.stacked else own[0] for k in range(P)]
+    out[s.name] = parts[0] if P == 1 else {str(k): part for k, part in enumerate(parts)}
+  return out[cut[0].name] if uniform(cut) else out
+
+
+def _taken(tree, k):
+  def one(w):
+    part = jax.tree.map(lambda x: x[k], w)
+    return part.remove_axis(w.dims.index('n'), _STACKED) if is_weight(w) else part
+  return jax.tree.map(one, tree, is_leaf=is_weight)
+
+
+def _stacked(trees):
+  def one(*ws):
+    whole = jax.tree.map(lambda *xs: jnp.stack(xs), *ws)
+    return whole.add_axis(0, _STACKED) if is_weight(ws[0]) else whole
+  return jax.tree.map(one, *trees, is_leaf=is_weight)

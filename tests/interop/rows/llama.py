@@ -1,0 +1,16 @@
+"""Llama."""
+from tests.interop.parity import VOCABULARY, Row
+
+SMALL = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=3,
+             num_attention_heads=4, max_position_embeddings=64, initializer_range=.3,
+             eos_token_id=2, bos_token_id=1, pad_token_id=0)
+
+
+def row(what, **kw):
+  return Row('llama', what, lambda t: t.LlamaConfig(**SMALL | kw), 'LlamaForCausalLM')
+
+
+ROWS = [
+    row('grouped, tied', num_key_value_heads=2, tie_word_embeddings=True),
+    row('one group, wide heads, untied', num_key_value_heads=1, head_dim=22),
+]
