@@ -3,7 +3,8 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
-from lean_jax.objectives.language_modeling import cross_entropy, shifted
+from lean_jax.objectives.forward import forward, targets
+from lean_jax.objectives.language_modeling import cross_entropy
 
 
 def soft_labels(logits, target, mask, *, temperature):
@@ -12,8 +13,8 @@ def soft_labels(logits, target, mask, *, temperature):
   Hinton et al. 2015 (arXiv:1503.02531), section 2. Gradients do not reach `target`.
 
   Args:
-    logits, target: [B T V], any float; computed in float32.
-    mask: [B T], 1 where the token counts.
+    logits, target: [B T V], or [B V]; any float, computed in float32.
+    mask: [B T] or [B], 1 where it counts.
     temperature: > 0; 1 leaves the distributions as they are.
 
   Raises:
@@ -44,10 +45,10 @@ def distillation(student, teacher, *, temperature, soft_weight):
   """
   def loss(params, batch, key, *, teacher_params):
     del key
-    targets, mask = shifted(batch)
-    logits, _ = student.apply({'params': params}, batch['tokens'])
-    target, _ = teacher.apply({'params': teacher_params}, batch['tokens'])
+    wanted, mask = targets(batch)
+    logits, auxiliary = forward(student, params, batch)
+    target, _ = forward(teacher, teacher_params, batch)
     soft = soft_labels(logits, target, mask, temperature=temperature)
-    hard = cross_entropy(logits, targets, mask)
-    return soft_weight * soft + (1 - soft_weight) * hard, dict(soft=soft, hard=hard)
+    hard = cross_entropy(logits, wanted, mask)
+    return soft_weight * soft + (1 - soft_weight) * hard + auxiliary, dict(soft=soft, hard=hard)
   return loss

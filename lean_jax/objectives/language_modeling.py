@@ -1,17 +1,19 @@
-"""The next token's cross-entropy."""
+"""The cross-entropy of the next token, or of labels."""
 import jax
 import jax.numpy as jnp
 
+from lean_jax.objectives.forward import forward, targets
 
-def cross_entropy(logits, targets, mask):
-  """Mean of -log p(target), in nats a token.
+
+def cross_entropy(logits, wanted, mask):
+  """Mean of -log p(wanted), in nats a token.
 
   Args:
-    logits: [B T V], float; computed in float32.
-    targets: [B T], integer.
-    mask: [B T], 1 where the token counts.
+    logits: [B T V], or [B V]; float, computed in float32.
+    wanted: [B T] or [B], integer.
+    mask: as wanted, 1 where it counts.
   """
-  return jnp.sum(_nll(logits, targets) * mask) / jnp.maximum(jnp.sum(mask), 1)
+  return jnp.sum(_nll(logits, wanted) * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 @jax.custom_vjp
@@ -38,19 +40,13 @@ def _backward(saved, g):
 _nll.defvjp(_forward, _backward)
 
 
-def shifted(batch):
-  """Targets [B T] and their mask: the token after each, the last one having none."""
-  tokens = batch['tokens']
-  targets = jnp.roll(tokens, -1, axis=1)
-  inside = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1, tokens.shape)
-  return targets, inside.astype(jnp.float32)
-
-
 def next_token(module):
-  """The loss of a language model: (params, batch, key) -> (nats a token, metrics)."""
+  """The loss of a model on its targets: (params, batch, key) -> (nats a token, metrics).
+
+  A batch is as in `forward`; a mixture of experts adds its auxiliary losses.
+  """
   def loss(params, batch, key):
     del key
-    logits, _ = module.apply({'params': params}, batch['tokens'])
-    value = cross_entropy(logits, *shifted(batch))
-    return value, {}
+    outputs, auxiliary = forward(module, params, batch)
+    return cross_entropy(outputs, *targets(batch)) + auxiliary, {}
   return loss

@@ -13,7 +13,7 @@ AXES = ('data', 'fsdp', 'tensor')
 
 # Logical axis of weights and activations -> axis of the mesh.
 RULES = (('batch', ('data', 'fsdp')), ('length', None), ('embed', 'fsdp'), ('heads', 'tensor'),
-         ('mlp', 'tensor'), ('vocab', 'tensor'), ('layers', None))
+         ('mlp', 'tensor'), ('vocab', 'tensor'), ('experts', None), ('layers', None))
 
 
 def make_mesh(data=1, fsdp=1, tensor=1):
