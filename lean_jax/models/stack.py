@@ -18,7 +18,7 @@ from lean_jax.nn import attention
 from lean_jax.nn.attention import AttentionOptions, CrossAttention
 from lean_jax.nn.linear import Embedding, Linear
 from lean_jax.nn.mlp import MLPOptions
-from lean_jax.nn.norm import LayerNorm, RMSNorm
+from lean_jax.nn.norm import norm
 from lean_jax.nn.rope import rotation
 
 UNROLL = 4                    # layers in the scan's body: on a CPU the loop itself costs a fifth
@@ -55,7 +55,7 @@ class StackConfig:
     kinds: what each layer is; () is attention and MLP in all.
     attention, mlp: options of these blocks.
     moe, latent, mamba, mamba2: options of blocks that the kinds name; None where they name none.
-    norm: 'rms' or 'layer'; epsilon and norm_offset, norm_bias are its own.
+    norm: 'rms' or 'layer'; epsilon, norm_offset, norm_bias and norm_scale are its own.
     norm_before, norm_after, norm_sum: whether a branch normalises its input, its output, and the
       sum with what it is added to.
     parallel: whether both branches see the layer's input; shared_norm: by one norm.
@@ -90,6 +90,7 @@ class StackConfig:
   epsilon: float = 1e-5
   norm_offset: float = 0.
   norm_bias: bool = True
+  norm_scale: bool = True
   norm_before: bool = True
   norm_after: bool = False
   norm_sum: bool = False
@@ -148,6 +149,7 @@ class Place(NamedTuple):
   index: Any = None             # within the segment; None where it is not stacked
   window: Any = None
   rotary: Any = 0
+  number: Any = 0               # within the stack
 
 
 class Slot(struct.PyTreeNode):
@@ -270,14 +272,15 @@ def places(config, segment):
   """The Place of each layer of a segment: [count] numbers, [count period] for several kinds."""
   own = config.each[segment.first:segment.first + segment.count * len(segment.kinds)]
   if not segment.stacked:
-    return Place(None, own[0].window, own[0].rotary)
+    return Place(None, own[0].window, own[0].rotary, segment.first)
   fit = lambda v: jnp.asarray(v, jnp.int32).reshape(
       (segment.count,) if len(segment.kinds) == 1 else (segment.count, -1))
   windows = None
   if any(l.window is not None for l in own):
     windows = fit([2 ** 30 if l.window is None else l.window for l in own])
   rotary = fit([l.rotary for l in own])
-  return Place(jnp.arange(segment.count), windows, rotary)
+  number = fit(range(segment.first, segment.first + len(own)))
+  return Place(jnp.arange(segment.count), windows, rotary, number)
 
 
 class Stack(nn.Module):
@@ -348,13 +351,6 @@ def layer_stack(config, initializing):
   """The module of all layers: scanned if they are of one kind."""
   cut = segments(config)
   return segment_module(config, cut[0], initializing) if uniform(cut) else Segments(config)
-
-
-def norm(config, name=None):
-  """A norm as the config has it."""
-  if config.norm == 'rms':
-    return RMSNorm(config.epsilon, config.dtype, config.norm_offset, name=name)
-  return LayerNorm(config.epsilon, config.dtype, config.norm_bias, name=name)
 
 
 def framed(config, tokens, cache, offset, mask):

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from lean_jax.nn.causal import causal_attention
 from lean_jax.nn.linear import Linear
-from lean_jax.nn.norm import RMSNorm
+from lean_jax.nn.norm import norm
 from lean_jax.nn.rope import Rope, rotate
 
 
@@ -20,9 +20,10 @@ class AttentionOptions:
     ropes: rotary positions; a layer's `rotary` says which of them it uses. () for none.
     bias: whether the products for queries, keys and values have biases.
     out_bias: whether the last product has one.
-    norm: RMSNorm of queries and keys: None, each 'head' by itself (arXiv:2302.05442), or the
-      'whole' width at once.
+    norm: of queries and keys, as the stack's are: None, each 'head' by itself (arXiv:2302.05442),
+      or the 'whole' width at once.
     scale: of the scores; None is 1 / sqrt(K).
+    scale_by_depth: whether the scores of layer n, the first being 1, are divided by n.
     softcap: scores become softcap * tanh(scores / softcap); None leaves them (arXiv:2408.00118).
     sinks: whether each head has a learned score of attending to nothing (arXiv:2309.17453).
   """
@@ -31,6 +32,7 @@ class AttentionOptions:
   out_bias: bool = False
   norm: str | None = None
   scale: float | None = None
+  scale_by_depth: bool = False
   softcap: float | None = None
   sinks: bool = False
 
@@ -51,6 +53,8 @@ class Attention(nn.Module):
       turn = lambda h: rotate(h, cos, sin, o.ropes[0].interleaved)
       q, k = turn(q), turn(k)
     scale = c.head_width ** -.5 if o.scale is None else o.scale
+    if o.scale_by_depth:
+      scale = scale / (layer.number + 1)
     sinks = self.param('sinks', nn.initializers.zeros, (c.heads,)) if o.sinks else None
     whole = (c.causal and slot is None and frame.mask is None and frame.bias is None
              and layer.window is None and o.softcap is None and sinks is None)
@@ -73,13 +77,12 @@ class Attention(nn.Module):
     """[B T n K] of x [B T D]."""
     c, o = self.config, self.config.attention
     B, T, D = x.shape
-    norm = lambda h: RMSNorm(c.epsilon, c.dtype, c.norm_offset, name=f'{name}_norm')(h)
     h = Linear('btd,df->btf', (D, n * c.head_width), ('embed', 'heads'), c.dtype, o.bias,
                name=name)(x)
     if normed and o.norm == 'whole':
-      h = norm(h)
+      h = norm(c, f'{name}_norm')(h)
     h = h.reshape(B, T, n, c.head_width)
-    return norm(h) if normed and o.norm == 'head' else h
+    return norm(c, f'{name}_norm')(h) if normed and o.norm == 'head' else h
 
 
 class CrossAttention(nn.Module):

@@ -25,7 +25,8 @@ def causal_attention(q, k, v, scale=None):
   """
   B, T, H, K = q.shape
   G = k.shape[2]
-  q = (q * (K ** -.5 if scale is None else scale)).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)       # [B G R T K]
+  q = q * jnp.asarray(K ** -.5 if scale is None else scale, q.dtype)
+  q = q.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)                    # [B G R T K]
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)                       # [B G T K]
   return _attend(q, k, v).transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
 

@@ -27,18 +27,28 @@ class LayerNorm(nn.Module):
   epsilon: float
   dtype: Any = jnp.float32
   bias: bool = True
+  scale: bool = True
 
   @nn.compact
   def __call__(self, x):
     D = x.shape[-1]
-    scale = self.param('scale', nn.initializers.ones, (D,))
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-    y = wide * inverse * _row(scale, x)
+    y = wide * inverse
+    if self.scale:
+      y = y * _row(self.param('scale', nn.initializers.ones, (D,)), x)
     if self.bias:
       y = y + _row(self.param('bias', nn.initializers.zeros, (D,)), x)
     return y.astype(self.dtype)
+
+
+def norm(config, name=None):
+  """A norm as a stack's config has it."""
+  c = config
+  if c.norm == 'rms':
+    return RMSNorm(c.epsilon, c.dtype, c.norm_offset, name=name)
+  return LayerNorm(c.epsilon, c.dtype, c.norm_bias, c.norm_scale, name=name)
 
 
 def _row(vector, like):
