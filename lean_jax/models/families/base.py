@@ -113,13 +113,25 @@ def with_bias(path, name):
   return {f'{path}/kernel': linear(f'{name}.weight'), f'{path}/bias': Stored(f'{name}.bias')}
 
 
+def layer_norm(path, name):
+  """{scale and bias of the norm at `path`} of a PyTorch LayerNorm."""
+  return {f'{path}/scale': Stored(f'{name}.weight'), f'{path}/bias': Stored(f'{name}.bias')}
+
+
+# Keys with which any config.json changes the mathematics, and the values that change nothing.
+NEUTRAL = dict(
+    quantization_config=(None,), compression_config=(None,), per_layer_config=(None, {}),
+    is_causal=(True,))
+
+
 def require(hf, neutral):
   """Raises InputError if a key of config.json asks for mathematics that we do not have.
 
   Args:
     hf: config.json.
-    neutral: {key: the values that change nothing}; an absent key is neutral.
+    neutral: {key: the values that change nothing}, beside `NEUTRAL`; an absent key is neutral.
   """
+  neutral = NEUTRAL | neutral
   asked = [f'{k} = {hf[k]!r}' for k, allowed in neutral.items() if k in hf and hf[k] not in allowed]
   if asked:
     raise InputError(f'config.json asks for {", ".join(asked)}, which lean_jax does not compute; '
@@ -161,6 +173,23 @@ def chosen(hf, key, names):
 ACTIVATIONS = dict(
     silu='silu', swish='silu', relu='relu', gelu='gelu', gelu_new='gelu_tanh',
     gelu_pytorch_tanh='gelu_tanh', gelu_fast='gelu_tanh')
+
+
+def activation_name(ours):
+  """hidden_act of config.json, of a name in nn.mlp.ACTIVATIONS."""
+  return next(name for name, value in ACTIVATIONS.items() if value == ours)
+
+
+def equal_heads(width, heads):
+  """width, heads, groups, head_width where heads share the width and nothing else.
+
+  Raises:
+    InputError: they cannot.
+  """
+  if width % heads:
+    raise InputError(f'config.json has {heads} heads and a width of {width}; the first must divide '
+                     'the second')
+  return dict(width=width, heads=heads, groups=heads, head_width=width // heads)
 
 
 def head_shape(hf):
