@@ -1,9 +1,11 @@
 """One file a family: its config and its checkpoint's names; and a line here."""
 from lean_jax.errors import InputError
 from lean_jax.models.families.base import Family
+from lean_jax.models.families.gpt2 import GPT2
 from lean_jax.models.families.llama import LLAMA
+from lean_jax.models.families.opt import OPT
 
-FAMILIES = {family.model_type: family for family in (LLAMA,)}
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, OPT)}
 
 __all__ = ['FAMILIES', 'Family', 'family_of']
 

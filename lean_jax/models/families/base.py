@@ -164,8 +164,8 @@ def chosen(hf, key, names):
     names: {the name in config.json: ours}.
   """
   if hf.get(key) not in names:
-    raise InputError(f'config.json has {key} = {hf.get(key)!r}, which lean_jax does not compute; it '
-                     f'computes: {", ".join(map(str, names))}')
+    raise InputError(f'config.json has {key} = {hf.get(key)!r}, which lean_jax does not compute; '
+                     f'it computes: {", ".join(map(str, names))}')
   return names[hf[key]]
 
 
