@@ -2,8 +2,9 @@
 another.
 
 A uniform stack is one segment, and its weights stand under 'layers' itself, stacked. Otherwise a
-segment has the name of its first layer, 'layers/3/...'; where several kinds repeat together, each of
-them has its number in the period, 'layers/0/4/...'. Written-out layers are segments of one layer.
+segment has the name of its first layer, 'layers/3/...'; where several kinds repeat together, each
+of them has its number in the period, 'layers/0/4/...'. Written-out layers are segments of one
+layer.
 """
 import functools
 from typing import NamedTuple
@@ -32,8 +33,9 @@ class Segment(NamedTuple):
 def segments(config):
   """The segments of a stack.
 
-  Layers are taken as the shortest beginning without a pattern, and a pattern that repeats to the
-  end: DeepSeek's first dense layers and its expert layers; Jamba's eight kinds, again and again.
+  Layers are taken as a beginning, in runs of one kind, and a pattern that repeats to the end, so
+  that the fewest layers are compiled: DeepSeek's first dense layers and its expert layers; Jamba's
+  eight kinds, again and again.
   """
   kinds = tuple((l.mixer, l.feed_forward) for l in config.each)
   return _segments(kinds, config.scan_layers)
@@ -44,7 +46,9 @@ def _segments(kinds, scan):
   N = len(kinds)
   if not scan:
     return tuple(Segment(k, (kind,), 1, False) for k, kind in enumerate(kinds))
-  cuts = [(start + period, start, period) for start in range(N) for period in range(1, N - start + 1)
+  changes = [k == 0 or kinds[k] != kinds[k - 1] for k in range(N)]
+  cuts = [(sum(changes[:start]) + period, start, period)
+          for start in range(N) for period in range(1, N - start + 1)
           if (N - start) % period == 0 and kinds[start:] == kinds[start:start + period]
           * ((N - start) // period)]
   _, start, period = min(cuts)
