@@ -1,0 +1,1 @@
+"""Each row of x times the matrix of its group."""
