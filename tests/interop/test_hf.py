@@ -109,13 +109,13 @@ def test_old_and_new_spellings_and_defaults(tiny_folder):
   for scaling in (None, dict(rope_type='default')):
     assert from_hf(old | dict(rope_theta=500., torch_dtype='bfloat16', rope_scaling=scaling,
                               head_dim=None)) == from_hf(hf)
-  assert from_hf(old).rope_theta == 10_000.
+  assert from_hf(old).attention.ropes[0].theta == 10_000.
   assert from_hf(hf | dict(rope_theta=500, rope_parameters=None)) == from_hf(hf)
 
 
 @pytest.mark.parametrize(('change', 'words'), [
-    (dict(model_type='gpt2'), ["'gpt2'", 'reads: llama']),
-    (dict(model_type=None), ['None', 'reads: llama']),
+    (dict(model_type='gpt9'), ["'gpt9'", 'reads: ', 'llama']),
+    (dict(model_type=None), ['None', 'reads: ', 'llama']),
     (dict(rope_scaling=dict(type='linear', factor=2.)), ['rope_scaling', 'linear']),
     (dict(rope_parameters=dict(rope_type='llama3', factor=8.)), ['rope_parameters', 'llama3']),
     (dict(rope_parameters=dict(full_attention=dict(rope_type='default'))), ['rope_parameters']),
