@@ -4,6 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lean_jax.kernels.grouped_matmul import api as grouped
 from lean_jax.kernels.int8_matmul import reference
 
 
@@ -66,3 +67,47 @@ def _backward(implementation, saved, g):
 
 
 _product.defvjp(_forward, _backward)
+
+
+def int8_grouped_matmul(x, values, scale, sizes):
+  """`int8_matmul` of each group of rows with its own values and scales.
+
+  Args:
+    x: [M K], float; first the rows of group 0, then those of group 1, ...
+    values: [E K N], int8.
+    scale: [E 1 N], float32.
+    sizes: [E], integer, rows of each group; their sum is M.
+
+  Returns:
+    [M N], float32.
+  """
+  return _grouped(x, values, scale, sizes)
+
+
+@jax.custom_vjp
+def _grouped(x, values, scale, sizes):
+  codes, row_scale = reference.quantize_rows(x)
+  total = grouped.grouped_matmul(codes, values, sizes)
+  return total.astype(jnp.float32) * row_scale * _each_row(scale, sizes, x)
+
+
+def _grouped_forward(x, values, scale, sizes):
+  return _grouped(x, values, scale, sizes), (x, values, scale, sizes)
+
+
+def _grouped_backward(saved, g):
+  x, values, scale, sizes = saved
+  transposed = lambda part: part.T.astype(g.dtype)
+  dx = grouped.grouped_matmul(g * _each_row(scale, sizes, x), values, sizes, matrix=transposed)
+  unscaled = grouped.grouped_matmul(x.astype(g.dtype), values, sizes)
+  group = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
+  dscale = jax.ops.segment_sum(g * unscaled, group, sizes.shape[0], indices_are_sorted=True)
+  return dx.astype(x.dtype), None, dscale[:, None], None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _each_row(scale, sizes, x):
+  """[M N], the scales of each row's group."""
+  return jnp.repeat(scale[:, 0], sizes, axis=0, total_repeat_length=x.shape[0])

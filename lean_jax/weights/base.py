@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
+from lean_jax.kernels.grouped_matmul import api as grouped_matmul
+
 
 def static(**kw):
   """A field of a weight that is no array."""
@@ -39,7 +41,7 @@ class Weight(meta.AxisMetadata):
 
   One law holds for every kind and every nesting of kinds:
   `w.einsum(eqn, x) == jnp.einsum(eqn, x, w.unbox())`, up to the rounding of the activations
-  where the kind rounds them too.
+  where the kind rounds them too; and `w.grouped` is `w.einsum` of each expert by itself.
   """
 
   dims: str
@@ -63,6 +65,18 @@ class Weight(meta.AxisMetadata):
     w = self.unbox()
     x2, restore = as_matmul(eqn, x, self.dims, w.shape)
     return restore(x2 @ to_matrix(w, self.dims).astype(x.dtype))
+
+  def grouped(self, x, sizes):
+    """Each row of x times its expert's matrix: `einsum` with the experts' rows apart.
+
+    Args:
+      x: [M I], first the rows of expert 0, then those of expert 1, ... I is all of dims' i.
+      sizes: [E], integer, rows of each expert; their sum is M.
+
+    Returns:
+      [M O], in x's dtype; O is all of dims' o.
+    """
+    return grouped_matmul.grouped_matmul(x, to_matrix(self.unbox(), self.dims), sizes)
 
   def take(self, ids):
     """Rows `ids` of the dense value: an embedding's lookup. [*ids, ...]"""

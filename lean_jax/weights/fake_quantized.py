@@ -40,5 +40,10 @@ class FakeQuantized(Wrapper):
     x2, restore = as_matmul(eqn, x, self.dims, w.shape)
     return restore(fake_quant.fake_quant_rows(x2) @ to_matrix(w, self.dims).astype(x.dtype))
 
+  def grouped(self, x, sizes):
+    if self.spec.activation_bits is not None:
+      x = fake_quant.fake_quant_rows(x)
+    return super().grouped(x, sizes)
+
   def names(self):
     return dataclasses.replace(self, base=self.base.names())

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax.core import meta
 
+from lean_jax.kernels.grouped_matmul import api as grouped_matmul
 from lean_jax.weights.base import Weight, Wrapper, positions, pytree, static
 
 
@@ -30,6 +31,12 @@ class LowRank(Wrapper):
     down, up = low_rank_equations(eqn, self.dims)
     low = jnp.einsum(down, x, self.a.astype(x.dtype))
     return self.base.einsum(eqn, x) + self.scale * jnp.einsum(up, low, self.b.astype(x.dtype))
+
+  def grouped(self, x, sizes):
+    E, R = sizes.shape[0], self.a.shape[-1]
+    low = grouped_matmul.grouped_matmul(x, self.a.reshape(E, -1, R), sizes)
+    low = grouped_matmul.grouped_matmul(low, self.b.reshape(E, R, -1), sizes)
+    return self.base.grouped(x, sizes) + self.scale * low
 
   def names(self):
     pick = lambda kinds: tuple(self.axes[k] for k in positions(self.dims, kinds))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lean_jax.kernels.grouped_matmul import api as grouped_matmul
 from lean_jax.kernels.int8_matmul import api as int8_matmul
 from lean_jax.quantization import formats
 from lean_jax.weights.base import (
@@ -50,8 +51,11 @@ class Quantized(Weight):
 
   def matrix(self, dtype):
     """The dequantized weight, [*n *e I O]."""
-    codes = formats.unpack(self.values, self.spec, self.matrix_rows)
-    return formats.dequantize(codes, self.scale, self.zero, self.spec, dtype)
+    return self._dequantized(self.values, self.scale, self.zero, dtype)
+
+  def _dequantized(self, values, scale, zero, dtype):
+    codes = formats.unpack(values, self.spec, self.matrix_rows)
+    return formats.dequantize(codes, scale, zero, self.spec, dtype)
 
   def unbox(self):
     return from_matrix(self.matrix(jnp.dtype(self.dtype)), self.dims, self.sizes)
@@ -63,6 +67,14 @@ class Quantized(Weight):
     else:
       y = x2 @ self.matrix(x.dtype)
     return restore(y.astype(x.dtype))
+
+  def grouped(self, x, sizes):
+    if self.spec.activation_bits == 8:
+      y = int8_matmul.int8_grouped_matmul(x, self.values, self.scale, sizes)
+      return y.astype(x.dtype)
+    stored = (self.values, self.scale, self.zero)
+    return grouped_matmul.grouped_matmul(
+        x, stored, sizes, matrix=lambda part: self._dequantized(*part, x.dtype))
 
   def names(self):
     *batch, i, o = matrix_names(self.dims, self.axes)

@@ -79,6 +79,30 @@ def test_einsum_is_the_product_of_rounded_activations_with_unbox(kind, eqn):
   np.testing.assert_allclose(w.einsum(eqn, x), jnp.einsum(eqn, rounded, w.unbox()), atol=2e-5)
 
 
+@pytest.mark.parametrize('eqn', ['etd,edf->etf', 'etdg,dfeg->etf'])
+@pytest.mark.parametrize('kind', KINDS | ROUNDS_ACTIVATIONS)
+def test_grouped_is_einsum_of_each_expert(kind, eqn):
+  xs, rest = eqn.split(',')
+  ws = rest.split('->')[0]
+  size = dict(e=4, t=5, d=8, g=3, f=6)
+  w = (KINDS | ROUNDS_ACTIVATIONS)[kind](weight(eqn, tuple(size[c] for c in ws)))
+  x = jax.random.normal(jax.random.key(0), tuple(size[c] for c in xs))
+  rows = np.array([5, 0, 2, 4])                       # of each expert's five
+  apart = lambda y: jnp.concatenate([part[:n] for part, n in zip(y.reshape(4, 5, -1), rows)])
+  # up to 24 terms of order 1, in another order; the gradients of bfloat16 scales are rounded once
+  near = lambda a, b: np.testing.assert_allclose(
+      *(np.asarray(x, np.float32) for x in (a, b)), atol=2e-5,
+      rtol=1e-2 if a.dtype == jnp.bfloat16 else 1e-4)
+  near(w.grouped(apart(x), jnp.asarray(rows)), apart(w.einsum(eqn, x)))
+  dy = apart(jax.random.normal(jax.random.key(1), (4, 5, 6)))
+  of = lambda run: jax.tree.leaves(jax.jit(jax.grad(
+      lambda x, w: jnp.sum(dy * run(x, w)), (0, 1), allow_int=True))(x, w))
+  for a, b in zip(of(lambda x, w: w.grouped(apart(x), jnp.asarray(rows))),
+                  of(lambda x, w: apart(w.einsum(eqn, x)))):
+    if jnp.issubdtype(a.dtype, jnp.floating):
+      near(a, b)
+
+
 @pytest.mark.parametrize('kind', KINDS | ROUNDS_ACTIVATIONS)
 def test_names_has_one_name_for_each_axis_of_each_array(kind):
   for eqn, (_, ws) in EQNS.items():
