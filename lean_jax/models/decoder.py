@@ -44,6 +44,8 @@ class Decoder(Stack):
     if not c.tied:
       self.head = Linear('btd,dv->btv', (c.embedding_width or c.width, c.vocabulary),
                          ('embed', 'vocab'), c.dtype, c.head_bias)
+    elif c.head_bias:
+      self.head_bias = self.param('head_bias', nn.initializers.zeros, (c.vocabulary,))
 
   def __call__(self, tokens, cache=None, offset=0, mask=None):
     """Logits of the token after each.
@@ -66,6 +68,8 @@ class Decoder(Stack):
     if c.embedding_width not in (None, c.width):
       x = self.embed_out(x)
     y = (self.embed.attend(x) if c.tied else self.head(x)).astype(jnp.float32)
+    if c.tied and c.head_bias:
+      y = y + self.head_bias.astype(jnp.float32).reshape(1, 1, -1)
     y = y if c.logit_scale == 1 else y * c.logit_scale
     if c.logit_softcap is not None:
       y = c.logit_softcap * jnp.tanh(y / c.logit_softcap)

@@ -19,6 +19,7 @@ from lean_jax.nn.attention import AttentionOptions, CrossAttention
 from lean_jax.nn.linear import Embedding, Linear
 from lean_jax.nn.mlp import MLPOptions
 from lean_jax.nn.norm import norm
+from lean_jax.nn.relative import RelativeBias, RelativeOptions
 from lean_jax.nn.rope import rotation
 
 UNROLL = 4                    # layers in the scan's body: on a CPU the loop itself costs a fifth
@@ -65,6 +66,7 @@ class StackConfig:
     embedding_norm: whether embeddings are normalised.
     positions: rows of the table of learned positions, 0 for none; position_offset: of the first.
     token_types: rows of the table of token types (segments), 0 for none.
+    relative: learned scores of distances, which all layers add to attention's; None for none.
     causal: whether a token sees only those before it.
     cross: whether each layer attends to an encoder's output too.
     dtype: of activations and products; parameters are float32.
@@ -103,6 +105,7 @@ class StackConfig:
   positions: int = 0
   position_offset: int = 0
   token_types: int = 0
+  relative: RelativeOptions | None = None
   causal: bool = True
   cross: bool = False
   dtype: str = 'float32'
@@ -118,6 +121,11 @@ class StackConfig:
   def stacks(self):
     """{where in the tree of parameters: the config of the stack there}."""
     return {'': self}
+
+  @property
+  def decoding(self):
+    """The config of the stack that a cache is of."""
+    return self
 
 
 class Frame(NamedTuple):
@@ -286,10 +294,11 @@ def places(config, segment):
 class Stack(nn.Module):
   """Embeddings, layers and the last norm: tokens in, hidden states out."""
   config: StackConfig
+  shared: Any = None            # the Embedding of another stack; None makes one
 
   def setup(self):
     c = self.config
-    self.embed = Embedding(c.vocabulary, c.embedding_width or c.width, c.dtype)
+    self.embed = self.shared or Embedding(c.vocabulary, c.embedding_width or c.width, c.dtype)
     if c.positions:
       self.positions = Embedding(c.positions, c.width, c.dtype)
     if c.token_types:
@@ -298,11 +307,14 @@ class Stack(nn.Module):
       self.embed_norm = norm(c)
     if c.embedding_width not in (None, c.width):
       self.embed_in = Linear('btd,df->btf', (c.embedding_width, c.width), (None, 'embed'), c.dtype)
+    if c.relative:
+      self.relative = RelativeBias(c)
     self.layers = layer_stack(c, self.is_initializing())
     if c.final_norm:
       self.norm = norm(c)
 
-  def hidden(self, tokens, cache=None, offset=0, mask=None, token_types=None):
+  def hidden(self, tokens, cache=None, offset=0, mask=None, token_types=None, cross=None,
+             cross_mask=None):
     """The last layer's output after the final norm, [B T D], and the cache.
 
     Args:
@@ -311,8 +323,14 @@ class Stack(nn.Module):
       offset: how many tokens the cache holds; scalar.
       mask: [B T] bool, which tokens are real; None for all. Positions count real tokens.
       token_types: [B T]; None is type 0.
+      cross: [B S D], the encoder's output that layers attend to; None where the cache has it.
+      cross_mask: [B S] bool, which of it is real; None for all.
     """
     cache, frame, at = framed(self.config, tokens, cache, offset, mask)
+    if self.config.cross:
+      cache, frame = crossed(cache, frame, cross, cross_mask)
+    if self.config.relative:
+      frame = frame._replace(bias=self.relative(frame.distance))
     x = self.embedded(tokens, at, token_types)
     return self.through(x, frame, cache)
 
@@ -385,6 +403,19 @@ def framed(config, tokens, cache, offset, mask):
   return cache, Frame(mask, visible, distance, cos, sin, offset=offset), at
 
 
+def crossed(cache, frame, cross, mask):
+  """The cache and the Frame with an encoder's output [B S D], or with what the cache has of it."""
+  if cross is None:
+    mask = cache['source']
+  else:
+    B, S, _ = cross.shape
+    mask = jnp.ones((B, S), bool) if mask is None else mask.astype(bool)
+    if cache is not None:
+      room = jnp.zeros_like(cache['source'])
+      cache = dict(cache, source=jax.lax.dynamic_update_slice(room, mask, (0, 0)))
+  return cache, frame._replace(cross=cross, cross_visible=mask[:, None, None, :])
+
+
 def rotated_width(config):
   """The width that positions rotate: a head's, or MLA's rotary part."""
   return config.head_width if config.latent is None else config.latent.rope_width
@@ -394,8 +425,10 @@ def empty_cache(config, batch, length, source=0):
   """Room for `length` tokens, and for the keys and values of `source` tokens of an encoder.
 
   Returns:
-    dict: valid [B S], which places hold a real token; layers, the arrays of each segment.
+    dict: valid [B S], which places hold a real token; layers, the arrays of each segment; with
+    cross attention source [B S], which of the encoder's tokens are real.
   """
+  config = config.decoding
   def of(kind):
     shapes = MIXERS[kind[0]].state_shapes(config, batch, length)
     if config.cross:
@@ -410,7 +443,8 @@ def empty_cache(config, batch, length, source=0):
 
   cut = segments(config)
   layers = made(cut[0]) if uniform(cut) else {s.name: made(s) for s in cut}
-  return dict(valid=jnp.zeros((batch, length), bool), layers=layers)
+  cache = dict(valid=jnp.zeros((batch, length), bool), layers=layers)
+  return cache | dict(source=jnp.zeros((batch, source), bool)) if config.cross else cache
 
 
 def _remat(config):
