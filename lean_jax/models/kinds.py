@@ -2,8 +2,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lean_jax.nn import attention
+from lean_jax.nn import attention, latent
 from lean_jax.nn.mlp import MLP
+from lean_jax.nn.moe import MoE
 
 
 class Mixer(NamedTuple):
@@ -14,7 +15,9 @@ class Mixer(NamedTuple):
 
 MIXERS = dict(
     attention=Mixer(attention.Attention, attention.state_shapes),
+    latent=Mixer(latent.LatentAttention, latent.state_shapes),
 )
 FEED_FORWARDS = dict(
     mlp=MLP,
+    moe=MoE,
 )
