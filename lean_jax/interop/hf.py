@@ -22,6 +22,7 @@ from lean_jax.models.segments import located
 _DTYPES = ('float32', 'bfloat16', 'float16')
 _STORED = ('F64', 'F32', 'F16', 'BF16')
 _TOKENS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+_FORCED = ('forced_bos_token_id', 'forced_eos_token_id')
 
 
 def load_hf(folder, *, dtype=None, scan_layers=True):
@@ -44,12 +45,13 @@ def load_hf(folder, *, dtype=None, scan_layers=True):
     raise InputError(f'dtype {dtype!r}; give one of {", ".join(_DTYPES)}')
   if not folder.is_dir():
     raise InputError(f'{str(folder)!r} is no folder; give the folder of a Hugging Face model')
-  hf = tensors.read_json(folder / 'config.json')
+  hf = read_config(folder)
   family = family_of(hf)
   config = configured(family.from_hf(hf), dtype=dtype, scan_layers=scan_layers)
   with contextlib.ExitStack() as stack:
     stored = unprefixed(tensors.opened(folder, stack), family)
     with tensors.readable(folder):
+      config = settled(family, config, stored)
       check(folder, family, config, stored)
       names = family.names(config)
 
@@ -59,6 +61,22 @@ def load_hf(folder, *, dtype=None, scan_layers=True):
         return leaf.replace_boxed(value) if tree.is_weight(leaf) else value
       params = jax.tree_util.tree_map_with_path(one, abstract(config), is_leaf=tree.is_weight)
   return family, config, params, hf
+
+
+def read_config(folder):
+  """config.json, with what generation_config.json, if there is one, says of targets' tokens."""
+  hf, path = tensors.read_json(folder / 'config.json'), folder / 'generation_config.json'
+  if not path.exists():
+    return hf
+  given = tensors.read_json(path)
+  here = {k: given[k] for k in (*_FORCED, 'decoder_start_token_id') if k in given}
+  return hf | {k: None for k in _FORCED if k in hf} | here
+
+
+def settled(family, config, stored):
+  """The config, untied if the family's checkpoints tell and this one has a head of its own."""
+  own = family.own_head and any(differs(stored, *pair) for pair in copies(family, config).items())
+  return configured(config, tied=False) if own else config
 
 
 def save_hf(folder, family, config, params, hf_config=None):
@@ -110,7 +128,7 @@ def configured(config, **settings):
   """The config with settings that concern each of its stacks: dtype, remat, scan_layers."""
   inner = {f.name: configured(value, **settings) for f in dataclasses.fields(config)
            if hasattr(value := getattr(config, f.name), 'scan_layers')}
-  own = {k: v for k, v in settings.items() if hasattr(config, k)}
+  own = {f.name: settings[f.name] for f in dataclasses.fields(config) if f.name in settings}
   return dataclasses.replace(config, **own, **inner)
 
 
@@ -173,11 +191,11 @@ def check(folder, family, config, stored):
     key, layers = place(config, path)
     for name, at in pieces(names[key], layers, shape):
       wanted[name] = names[key].tensor_shape(shape[len(at):])
-  used = {stored[n][1] for n in wanted if n in stored}
-  repeated = {names[k].name for k in ('head/kernel',) if k in names} if tied(config) else set()
-  missing = [n for n in wanted if n not in stored]
+  repeated = family.copies | copies(family, config)
+  used = {stored[n][1] for n in (*wanted, *repeated) if n in stored}
+  missing = [n for n in wanted if n not in stored and not re.fullmatch(family.optional, n)]
   extra = [n for n in sorted({n for _, n in stored.values()})
-           if n not in used and n not in repeated and not re.fullmatch(family.ignored, n)]
+           if n not in used and not re.fullmatch(family.ignored, n)]
   slices = {n: stored[n][0].get_slice(stored[n][1]) for n in wanted if n in stored}
   shape = {n: tuple(s.get_shape()) for n, s in slices.items()}
   wrong = [f'{n} {shape[n]} instead of {wanted[n]}' for n in slices if shape[n] != wanted[n]]
@@ -187,11 +205,25 @@ def check(folder, family, config, stored):
   if faults:
     raise InputError(f'{str(folder)!r} does not fit its config.json: {"; ".join(faults)}; '
                      'give the files of one model')
-  for head in repeated & stored.keys():
-    embedding = names['embed/table'].name
-    if not np.array_equal(*(stored[n][0].get_tensor(stored[n][1]) for n in (head, embedding))):
-      raise InputError(f'{str(folder)!r} has a {head} that differs from {embedding}, though its '
-                       'config.json ties them; set tie_word_embeddings to false')
+  for copy, original in repeated.items():
+    if differs(stored, copy, original):
+      reason = ('which lean_jax computes as one; give a model that shares them'
+                if copy in family.copies else
+                'though its config.json ties them; set tie_word_embeddings to false')
+      raise InputError(f'{str(folder)!r} has a {copy} that differs from {original}, {reason}')
+
+
+def copies(family, config):
+  """{the output head of a checkpoint: the embeddings that it repeats}, of a tied model."""
+  names = family.names(config)
+  heads = [stored.name for key, stored in names.items() if key.endswith('head/kernel')]
+  return dict.fromkeys(heads, names['embed/table'].name) if tied(config) else {}
+
+
+def differs(stored, one, other):
+  """Whether a checkpoint has two tensors and they are not equal."""
+  found = [stored[n][0].get_tensor(stored[n][1]) for n in (one, other) if n in stored]
+  return len(found) == 2 and not np.array_equal(*found)
 
 
 def tied(config):
@@ -204,6 +236,9 @@ def read(stored, where, layers, shape, dtype):
   found = pieces(where, layers, shape)
   out = np.empty(shape, dtype)
   for name, at in found:
+    if name not in stored:                  # one of the family's optional ones
+      out[at] = 0
+      continue
     file, actual = stored[name]
     out[at] = where.read(file.get_tensor(actual), shape[len(at):])
   return jnp.asarray(out)

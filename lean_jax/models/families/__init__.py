@@ -1,11 +1,16 @@
 """One file a family: its config and its checkpoint's names; and a line here."""
 from lean_jax.errors import InputError
+from lean_jax.models.families.bart import BART
 from lean_jax.models.families.base import Family
 from lean_jax.models.families.gpt2 import GPT2
 from lean_jax.models.families.llama import LLAMA
+from lean_jax.models.families.mixtral import MIXTRAL
 from lean_jax.models.families.opt import OPT
+from lean_jax.models.families.qwen3_moe import QWEN3_MOE
+from lean_jax.models.families.t5 import T5
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, OPT)}
+FAMILIES = {family.model_type: family for family in (
+    BART, GPT2, LLAMA, MIXTRAL, OPT, QWEN3_MOE, T5)}
 
 __all__ = ['FAMILIES', 'Family', 'family_of']
 

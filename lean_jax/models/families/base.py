@@ -21,6 +21,9 @@ class Family:
       there were one layer, 'layers/attention/q/kernel'.
     prefix: of the tensors' names, which some checkpoints leave out.
     ignored: a regular expression on tensors that are no parameters.
+    optional: the same on tensors that are zero where a checkpoint lacks them.
+    copies: {tensor that some checkpoints have too: the one that it repeats}.
+    own_head: whether a checkpoint's own output head counts, though config.json ties it.
   """
   model_type: str
   from_hf: Callable[[dict], StackConfig]
@@ -28,6 +31,9 @@ class Family:
   names: Callable[[StackConfig], dict[str, 'Stored']]
   prefix: str = ''
   ignored: str = r'.*\.(rotary_emb\.inv_freq|masked_bias)'
+  optional: str = ''
+  copies: dict[str, str] = dataclasses.field(default_factory=dict)
+  own_head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +161,21 @@ def positive(hf, key, kind=int):
 def given(hf, key, default, kind=int):
   """A positive number of config.json, or the default where it is absent or null."""
   return default if hf.get(key) is None else positive(hf, key, kind)
+
+
+def token(hf, key, default=None):
+  """The id of a token in config.json, or the default where it is absent or null.
+
+  Raises:
+    InputError: it is none of the vocabulary's.
+  """
+  value = hf.get(key)
+  if value is None:
+    return default
+  if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < hf['vocab_size']:
+    raise InputError(f'config.json has {key} = {value!r}, expected one id, 0 to '
+                     f'{hf["vocab_size"] - 1}; download it again')
+  return value
 
 
 def chosen(hf, key, names):
