@@ -28,9 +28,9 @@ ALIASES = dict(hidden_size='d_model', num_attention_heads='encoder_attention_hea
                num_hidden_layers='encoder_layers')
 # The last five are of BART's relatives, which had this model_type once.
 NEUTRAL = dict(
-    is_encoder_decoder=(True,), is_decoder=(False,), tie_word_embeddings=(True,), add_bias_logits=(False,),
-    add_final_layer_norm=(False,), normalize_before=(False,), normalize_embedding=(True,),
-    static_position_embeddings=(False,))
+    is_encoder_decoder=(True,), is_decoder=(False,), tie_word_embeddings=(True,),
+    add_bias_logits=(False,), add_final_layer_norm=(False,), normalize_before=(False,),
+    normalize_embedding=(True,), static_position_embeddings=(False,))
 OFFSET = 2                    # rows of the table of positions before that of the first token
 
 
@@ -59,9 +59,10 @@ def from_hf(hf):
 
 def to_hf(c):
   """config.json of a config."""
-  sides = {f'{side}_{key}': getattr(stack, ours)
-           for side, stack in (('encoder', c.encoder), ('decoder', c.decoder))
-           for key, ours in dict(layers='layers', ffn_dim='hidden', attention_heads='heads').items()}
+  sides = {}
+  for side, stack in (('encoder', c.encoder), ('decoder', c.decoder)):
+    sides |= {f'{side}_layers': stack.layers, f'{side}_ffn_dim': stack.hidden,
+              f'{side}_attention_heads': stack.heads}
   return sides | dict(
       architectures=['BartForConditionalGeneration'], model_type='bart', vocab_size=c.vocabulary,
       d_model=c.width, max_position_embeddings=c.context,

@@ -24,8 +24,8 @@ DEFAULTS = dict(
     num_heads=8, relative_attention_num_buckets=32, relative_attention_max_distance=128,
     layer_norm_epsilon=1e-6, feed_forward_proj='relu', n_positions=512, tie_word_embeddings=True,
     pad_token_id=0)
-ALIASES = dict(hidden_size='d_model', num_attention_heads='num_heads', num_hidden_layers='num_layers',
-               head_dim='d_kv')
+ALIASES = dict(hidden_size='d_model', head_dim='d_kv', num_attention_heads='num_heads',
+               num_hidden_layers='num_layers')
 NEUTRAL = dict(is_encoder_decoder=(True,), is_decoder=(False,))
 
 
@@ -69,9 +69,9 @@ def feed_forward(hf):
                      'an activation, or gated- and one')
   # The gated gelu of v1.1 is the approximate one. Two keys that follow from this one override it.
   name = 'gelu_new' if before and name == 'gelu' else name
-  found = dict(dense_act_fn=name, is_gated_act=bool(before)) | hf
-  return MLPOptions(gated=bool(found['is_gated_act']),
-                    activation=chosen(found, 'dense_act_fn', ACTIVATIONS))
+  key = 'dense_act_fn' if 'dense_act_fn' in hf else 'feed_forward_proj'
+  return MLPOptions(gated=bool(hf.get('is_gated_act', before)),
+                    activation=chosen({key: hf.get('dense_act_fn', name)}, key, ACTIVATIONS))
 
 
 def to_hf(c):
@@ -108,11 +108,12 @@ def names(c):
 
 def parts_of(branch, gated):
   """{our product in a branch: theirs}."""
-  if branch == 'feed_forward':
-    up = dict(gate='wi_0', up='wi_1') if gated else dict(up='wi')
-    return {f'mlp/{k}': f'DenseReluDense.{name}' for k, name in (up | dict(down='wo')).items()}
-  ours, theirs = dict(mixer=('attention', 'SelfAttention'), cross=('cross', 'EncDecAttention'))[branch]
-  return {f'{ours}/{k}': f'{theirs}.{k}' for k in 'qkvo'}
+  if branch == 'mixer':
+    return {f'attention/{k}': f'SelfAttention.{k}' for k in 'qkvo'}
+  if branch == 'cross':
+    return {f'cross/{k}': f'EncDecAttention.{k}' for k in 'qkvo'}
+  up = dict(gate='wi_0', up='wi_1') if gated else dict(up='wi')
+  return {f'mlp/{k}': f'DenseReluDense.{name}' for k, name in (up | dict(down='wo')).items()}
 
 
 # Old checkpoints have the table again in each stack, and one of distances to the encoder, unused.
