@@ -23,6 +23,7 @@ from lean_jax.generation import generate as generate_ids
 from lean_jax.interop import hf, tensors
 from lean_jax.models.families import Family, family_of
 from lean_jax.models.stack import StackConfig
+from lean_jax.objectives.forward import forward
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
 
@@ -52,9 +53,28 @@ class Model:
     """The Linen module: `module.apply({'params': params}, tokens)` gives logits."""
     return self.config.module
 
-  def logits(self, tokens) -> jax.Array:
-    """Logits of the token after each, [B T V] float32, of tokens [B T]."""
-    return _logits(self.module, self.params, jnp.asarray(tokens, jnp.int32))
+  def logits(self, tokens, mask=None, *, decoder_tokens=None) -> jax.Array:
+    """Logits of the token after each, [B T V] float32.
+
+    Args:
+      tokens: [B T]; the source, where the model is an encoder and a decoder.
+      mask: [B T], which tokens are real; None for all.
+      decoder_tokens: [B U], the target of such a model, its start token first. The logits are of
+        the token after each of these.
+
+    Raises:
+      InputError: decoder_tokens are given to another model, or not to such a one.
+    """
+    wanted = 'decoder_tokens' in self.module.inputs
+    if wanted != (decoder_tokens is not None):
+      raise InputError(f'a {self.family.model_type} needs decoder_tokens, the target; give them'
+                       if wanted else f'a {self.family.model_type} has no decoder_tokens; give '
+                       'tokens alone')
+    batch = dict(tokens=tokens, decoder_tokens=decoder_tokens)
+    batch = {k: jnp.asarray(v, jnp.int32) for k, v in batch.items() if v is not None}
+    if mask is not None:
+      batch['mask'] = jnp.asarray(mask, bool)
+    return _logits(self.module, self.params, batch)
 
   def generate(self, prompt: str, *, tokens: int = 64, temperature: float = 0.,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> str:
@@ -92,7 +112,7 @@ def load(folder, *, dtype: str | None = None) -> Model:
     family = family_of(hf_config)
     config = family.from_hf(hf_config)
     params, meta = load_model(folder)
-    config = dataclasses.replace(config, **meta['local'])
+    config = hf.configured(config, **meta['local'])
     _check_described(folder, config, params)
   else:
     family, config, params, hf_config = hf.load_hf(folder, dtype=dtype)
@@ -239,5 +259,4 @@ def _windows(data, split, model, window, field):
     yield pack(source, split, model.tokenizer, window, folder)
 
 
-_logits = jax.jit(lambda module, params, tokens: module.apply({'params': params}, tokens)[0],
-                  static_argnums=0)
+_logits = jax.jit(lambda module, params, batch: forward(module, params, batch)[0], static_argnums=0)
