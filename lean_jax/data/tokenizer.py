@@ -15,6 +15,7 @@ from lean_jax.data import reading
 from lean_jax.errors import InputError
 
 BOS, EOS = '<s>', '</s>'
+OLDER = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'vocab.json', 'vocab.txt')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,6 +135,10 @@ def load_tokenizer(path) -> Tokenizer:
   path = pathlib.Path(path)
   file = path / 'tokenizer.json' if path.is_dir() else path
   if not file.is_file():
+    older = [name for name in OLDER if (file.parent / name).is_file()]
+    if older and path.is_dir():
+      raise InputError(f'{str(path)!r} has {older[0]} and no tokenizer.json; convert it first: '
+                       'transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)')
     raise InputError(f'no file {str(file)!r}; give a folder with a tokenizer.json, or that file')
   try:
     backend = tokenizers.Tokenizer.from_str(reading.read(file).decode())

@@ -134,6 +134,14 @@ def test_bad_input_says_what_would_do(tokenizer, tmp_path):
     load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize('name', ['spiece.model', 'tokenizer.model', 'vocab.json'])
+def test_a_folder_with_an_older_tokenizer_says_how_to_convert_it(name, tmp_path):
+  (tmp_path / name).write_bytes(b'rules')
+  with pytest.raises(InputError, match=f'{name} and no tokenizer.json; convert it') as caught:
+    load_tokenizer(tmp_path)
+  assert '\n' not in str(caught.value)
+
+
 def test_a_real_llama_tokenizer_gives_the_ids_of_the_original(real_data):
   tokenizer = load_tokenizer(real_data / 'models' / 'stories260K')
   assert tokenizer.encode('Once upon a time').tolist() == [403, 407, 261, 378]

@@ -7,6 +7,7 @@ import safetensors.numpy
 import tokenizers
 
 import lean_jax as lean
+from lean_jax.data.tokenizer import load_tokenizer
 from lean_jax.errors import InputError
 from lean_jax.interop.hf import load_hf
 from lean_jax.nn.relative import bucket
@@ -141,6 +142,18 @@ def test_a_saved_model_is_the_same_model(written, family, tmp_path):
   assert again.config == model.config
   np.testing.assert_array_equal(again.logits(SOURCE, decoder_tokens=TARGET),
                                 model.logits(SOURCE, decoder_tokens=TARGET))
+
+
+def test_a_sentencepiece_tokenizer_is_read_once_it_is_converted(real_data, tmp_path):
+  pytest.importorskip('sentencepiece')
+  (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='t5')))
+  (tmp_path / 'spiece.model').write_bytes(
+      (real_data / 'tokenizers' / 't5' / 'spiece.model').read_bytes())
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  theirs.save_pretrained(tmp_path)
+  ours, text = load_tokenizer(tmp_path), 'translate English to German: two words'
+  assert theirs(text)['input_ids'] == [*ours.encode(text), ours.eos]
+  assert ours.decode(ours.encode(text)) == text
 
 
 def test_a_target_is_asked_for_and_taken_only_where_it_means_something(written, tiny_model):
