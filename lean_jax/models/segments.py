@@ -96,7 +96,7 @@ def unstacked(config, layers):
   for s in cut:
     own = layers if uniform(cut) else layers[s.name]
     parts = [own] if len(s.kinds) == 1 else [own[str(k)] for k in range(len(s.kinds))]
-    out += [_taken(part, k) if s.stacked else part for k in range(s.count) for part in parts]
+    out += [taken(part, k) if s.stacked else part for k in range(s.count) for part in parts]
   return out
 
 
@@ -111,7 +111,8 @@ def restacked(config, trees):
   return out[cut[0].name] if uniform(cut) else out
 
 
-def _taken(tree, k):
+def taken(tree, k):
+  """The tree of layer k, of a tree whose arrays have a layer axis first."""
   def one(w):
     part = jax.tree.map(lambda x: x[k], w)
     return part.remove_axis(w.dims.index('n'), _STACKED) if is_weight(w) else part

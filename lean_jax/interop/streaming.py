@@ -1,0 +1,91 @@
+"""Arrays filled from the tensors of a checkpoint, a block at a time, where they will live."""
+import math
+
+import jax
+import numpy as np
+
+from lean_jax.interop.tensors import common, halves, whole, within
+
+_ALIGNED = 64                 # bytes; on a CPU, JAX takes over memory that begins at a multiple
+
+
+def filled(shape, dtype, sharding, pieces, odd):
+  """An array made of tensors, of which a host reads what its devices need.
+
+  On a CPU the memory that is filled is the array's own; of other devices the host holds this
+  array's part for as long as it takes to send.
+
+  Args:
+    shape, dtype: of the array.
+    sharding: where it lives; None is JAX's default device.
+    pieces: [(tensor, stored, at)], a Tensor that is `array[at]` as a Stored says; no Tensor, None,
+      is zeros.
+    odd: a set, to which the names of tensors with a NaN or an infinity are added.
+  """
+  shape = tuple(shape)
+  boxes = {None: whole(shape)} if sharding is None else {
+      device: tuple(s.indices(n)[:2] for s, n in zip(index, shape))
+      for device, index in sharding.addressable_devices_indices_map(shape).items()}
+  shards = {box: _aligned([b - a for a, b in box], dtype) for box in boxes.values()}
+  for tensor, stored, at in pieces:
+    _fill(shards, shape[len(at):], tensor, stored, at, odd)
+  if sharding is None:
+    return jax.device_put(shards[boxes[None]])
+  return jax.make_array_from_single_device_arrays(shape, sharding, [
+      jax.device_put(shards[box], jax.sharding.SingleDeviceSharding(
+          device, memory_kind=sharding.memory_kind)) for device, box in boxes.items()])
+
+
+def _fill(shards, shape, tensor, stored, at, odd):
+  """Writes one piece, of this shape, into the shards that have a part of it."""
+  depth = len(at)
+  wanted = {box[depth:]: values[(*(n - a for n, (a, _) in zip(at, box)), ...)]
+            for box, values in shards.items() if all(a <= n < b for n, (a, b) in zip(at, box))}
+  if tensor is None:
+    for out in wanted.values():
+      out[...] = 0
+    return
+  if not wanted:
+    return
+  hull = tuple((min(a for a, _ in pairs), max(b for _, b in pairs)) for pairs in zip(*wanted))
+  for box, values in _blocks(tensor, stored, shape, hull):
+    with np.errstate(over='ignore'):                   # told with the other infinities
+      values = values.astype(next(iter(wanted.values())).dtype, copy=False)
+    if not _finite(values):
+      odd.add(tensor.name)
+    for own, out in wanted.items():
+      here = common(own, box)
+      if here is not None:
+        out[within(here, own)] = values[within(here, box)]
+
+
+def _blocks(tensor, stored, shape, box):
+  """[(box, array)] of the parts of ours, of this shape, that make up a box."""
+  if stored.shape is not None or stored.repeats > 1:   # a box of ours is none of the tensor's
+    values = stored.read(tensor.read(), shape)
+    yield from ((part, values[within(part, whole(shape))]) for part in halves(box))
+    return
+  permute = stored.permute or tuple(range(len(shape)))
+  theirs = [box[permute.index(k)] for k in range(len(shape))]
+  before = sum(stored.sizes[:stored.index])            # 0 where ours is the whole tensor
+  move = lambda pairs, by: tuple(
+      (a + by, b + by) if k == stored.axis else (a, b) for k, (a, b) in enumerate(pairs))
+  for part, values in tensor.blocks(move(theirs, before)):
+    part = move(part, -before)
+    yield tuple(part[k] for k in permute), values.transpose(permute)
+
+
+def _finite(values):
+  """Whether there is no NaN and no infinity; of two bytes by their exponents, several times faster.
+  """
+  if values.dtype.itemsize != 2:
+    return bool(np.isfinite(values).all())
+  exponent = np.uint16(0x7c00 if values.dtype == np.float16 else 0x7f80)
+  return not ((values.view(np.uint16) & exponent) == exponent).any()
+
+
+def _aligned(shape, dtype):
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  room = np.empty(size + _ALIGNED, np.uint8)
+  start = -room.ctypes.data % _ALIGNED
+  return room[start:start + size].view(dtype).reshape(shape)
