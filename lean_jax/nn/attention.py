@@ -106,6 +106,7 @@ class CrossAttention(nn.Module):
       k, v = slot.get('cross_k').astype(c.dtype), slot.get('cross_v').astype(c.dtype)
     scale = c.head_width ** -.5 if o.scale is None else o.scale
     y = attend(q, k, v, frame.cross_visible, scale=scale).reshape(B, T, -1)
+    y = nn.with_logical_constraint(y, ('batch', 'length', 'heads'))
     return Linear('btf,fd->btd', (c.heads * c.head_width, D), ('heads', 'embed'), c.dtype,
                   o.out_bias, name='o')(y), slot
 
