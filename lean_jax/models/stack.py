@@ -55,7 +55,8 @@ class StackConfig:
     context: the longest sequence, in tokens.
     kinds: what each layer is; () is attention and MLP in all.
     attention, mlp: options of these blocks.
-    moe, latent, mamba, mamba2: options of blocks that the kinds name; None where they name none.
+    moe, latent, mamba, mamba2, lstm: options of blocks that the kinds name; None where they name
+      none.
     norm: 'rms' or 'layer'; epsilon, norm_offset, norm_bias and norm_scale are its own.
     norm_before, norm_after, norm_sum: whether a branch normalises its input, its output, and the
       sum with what it is added to.
@@ -88,6 +89,7 @@ class StackConfig:
   latent: Any = None
   mamba: Any = None
   mamba2: Any = None
+  lstm: Any = None
   norm: str = 'rms'
   epsilon: float = 1e-5
   norm_offset: float = 0.
