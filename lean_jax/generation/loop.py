@@ -2,8 +2,9 @@
 
 Both hold ids [B S], the prompts and what follows, and a cache of S tokens; S and the prompt's
 padded length are powers of two, so that few programs serve all lengths. Padding stands after the
-prompt: a causal mask hides it from the prompt's tokens, and the loop overwrites each place before
-a token sees it. So results do not depend on it.
+prompt and is masked: it changes no state of a recurrent layer, a causal mask hides it from the
+prompt's tokens, and the loop overwrites each place before a token sees it. So results do not depend
+on it.
 """
 import functools
 
@@ -38,7 +39,8 @@ def prefill(module, params, ids, length, key, temperature, top_p, *, padded, top
   """
   B, S = ids.shape
   cache = empty_cache(module.config, B, S)
-  logits, cache = module.apply({'params': params}, ids[:, :padded], cache, 0, length - 1,
+  real = jnp.broadcast_to(jnp.arange(padded)[None] < length, (B, padded))
+  logits, cache = module.apply({'params': params}, ids[:, :padded], cache, 0, length - 1, real,
                                method=logits_at)
   token = sample(logits, fold(key, length), temperature, top_p, top_k)
   return put(ids, token, length), cache
@@ -82,9 +84,9 @@ def decode(module, params, ids, cache, at, end, key, temperature, top_p, eos, *,
   return ids, at, cache
 
 
-def logits_at(module, tokens, cache, offset, row):
+def logits_at(module, tokens, cache, offset, row, mask=None):
   """Logits [B V] after `tokens[:, row]`, and the cache: no other position pays for the head."""
-  x, cache = module.hidden(tokens, cache, offset)
+  x, cache = module.hidden(tokens, cache, offset, mask)
   return module.logits(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1))[:, 0], cache
 
 
