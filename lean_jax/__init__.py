@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     merge_lora,
     quantize,
     save,
+    scan_layers,
     train,
   )
 
 _API = ('Model', 'attach_lora', 'distill', 'evaluate', 'load', 'merge_lora', 'quantize', 'save',
-        'train')
+        'scan_layers', 'train')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'attach_lora', 'distill', 'evaluate',
-           'load', 'merge_lora', 'quantize', 'save', 'train']
+           'load', 'merge_lora', 'quantize', 'save', 'scan_layers', 'train']
 
 
 def __getattr__(name):

@@ -21,9 +21,12 @@ from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.files import occupied, replace_folder
 from lean_jax.generation import generate as generate_ids
 from lean_jax.interop import hf, tensors
+from lean_jax.interop.hub import local_folder
 from lean_jax.models.families import Family, family_of
+from lean_jax.models.segments import configured, converted
 from lean_jax.models.stack import StackConfig
 from lean_jax.objectives.forward import forward
+from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
 
@@ -91,31 +94,43 @@ class Model:
     return self.tokenizer.decode(np.concatenate([ids, new]))
 
 
-def load(folder, *, dtype: str | None = None) -> Model:
-  """A model from a folder: one that `save` made, or a Hugging Face checkpoint (Llama family).
+def load(folder, *, dtype: str | None = None, scan_layers: bool | None = None,
+         mesh: jax.sharding.Mesh | None = None) -> Model:
+  """A model from a folder: one that `save` made, or a Hugging Face checkpoint.
+
+  A checkpoint is read a block at a time, each array to where it will live. Warns of tensors with a
+  NaN or an infinity.
 
   Args:
+    folder: a path; or 'organization/name', a model of the Hugging Face hub, '@revision' after it if
+      not its main one: from the hub's cache, or fetched.
     dtype: of a Hugging Face checkpoint's parameters and activations: 'float32' (None), 'bfloat16'
       or 'float16'. A saved model keeps its own, and refuses another.
+    scan_layers: whether layers of one kind are stacked, which compiles one for all, or each is
+      written out; None stacks those of a checkpoint and leaves a saved model's as they are.
+    mesh: of `training.mesh.make_mesh`: each device reads and holds its part of each array. None is
+      one device.
 
   Raises:
-    InputError: no such folder, an architecture that is not supported, a corrupt or missing file.
+    InputError: no such folder, an architecture that is not supported, a corrupt or missing file, or
+      the hub cannot be reached.
   """
-  folder = pathlib.Path(folder)
-  if not folder.is_dir():
-    raise InputError(f'no folder {str(folder)!r}; give one with config.json, model.safetensors '
-                     'and tokenizer.json, or one that lean_jax saved')
+  folder = local_folder(folder)
+  shardings = None if mesh is None else lambda like: meshes.shardings(like, mesh)
   if (folder / 'lean.json').exists():
     if dtype is not None:
       raise InputError(f'{folder} was saved by lean_jax with its own dtypes; load it without dtype')
     hf_config = tensors.read_json(folder / 'config.json')
     family = family_of(hf_config)
     config = family.from_hf(hf_config)
-    params, meta = load_model(folder)
-    config = hf.configured(config, **meta['local'])
+    params, meta = load_model(folder, shardings=shardings)
+    config = configured(config, **meta['local'])
     _check_described(folder, config, params)
+    if scan_layers is not None:
+      config, params = converted(config, params, scan_layers)
   else:
-    family, config, params, hf_config = hf.load_hf(folder, dtype=dtype)
+    family, config, params, hf_config = hf.load_hf(
+        folder, dtype=dtype, scan_layers=scan_layers is not False, shardings=shardings)
   tokenizer = load_tokenizer(folder)
   if tokenizer.size > config.vocabulary:
     raise InputError(f'{folder}: the tokenizer has {tokenizer.size} tokens, the model '
@@ -123,15 +138,23 @@ def load(folder, *, dtype: str | None = None) -> Model:
   return Model(family, config, params, tokenizer, hf_config)
 
 
+def scan_layers(model: Model, scan: bool = True) -> Model:
+  """The model with its layers of one kind stacked, or each written out: every value as it was."""
+  config, params = converted(model.config, model.params, scan)
+  return dataclasses.replace(model, config=config, params=params)
+
+
 def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
-         extra: Mapping[str, str] | None = None):
+         extra: Mapping[str, str] | None = None, max_shard_size: int | str = '5GB'):
   """Writes a model to a new folder, whole or not at all.
 
   Args:
     format: 'lean' keeps every weight as it is, with a digest of each that `load` verifies; 'hf'
-      writes dense float32 weights that `transformers` loads.
+      writes the dense value of each, in its dtype, which `transformers` loads.
     overwrite: whether the folder may exist; the old one is replaced in the end.
     extra: {file name: text} to go with it.
+    max_shard_size: of a file of format 'hf', in bytes or like '300MB'; a larger model is in several
+      files, with an index.
 
   Raises:
     InputError: the folder exists, the disk is full, or there is no such format.
@@ -147,14 +170,15 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
     if overwrite and occupied(folder) and not pathlib.Path(folder, 'config.json').exists():
       raise InputError(f'{folder} holds no model, so it is not overwritten; name another')
     with replace_folder(folder, overwrite=overwrite) as new:
-      hf.save_hf(new, model.family, model.config, model.params, model.hf_config)
+      hf.save_hf(new, model.family, model.config, model.params, model.hf_config,
+                 max_shard_size=max_shard_size)
       rest(new)
     return
 
   def beside(new):
     hf.write_config(new, model.family, model.config, model.hf_config)
     rest(new)
-  local = dict(dtype=model.config.dtype, remat=model.config.remat)
+  local = {k: getattr(model.config, k) for k in ('dtype', 'remat', 'scan_layers')}
   save_model(folder, model.params, dict(local=local), overwrite=overwrite, beside=beside)
 
 

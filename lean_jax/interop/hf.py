@@ -1,6 +1,5 @@
 """Hugging Face checkpoints: folders of config.json and safetensors."""
 import contextlib
-import dataclasses
 import json
 import pathlib
 import warnings
@@ -15,6 +14,7 @@ from lean_jax.interop import shards, tensors
 from lean_jax.interop.names import check, copies, differs, pieces, place, unprefixed, written
 from lean_jax.interop.streaming import filled
 from lean_jax.models.families import family_of
+from lean_jax.models.segments import configured
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
 _TOKENS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
@@ -73,9 +73,8 @@ def read(family, config, like, stored, dtype, shardings):
   def one(path, leaf, sharding):
     key, layers = place(config, tree.name(path))
     shape = meta.unbox(leaf).shape
-    made_of = [(stored.get(name), names[key], at)
-               for name, at in pieces(names[key], layers, shape)]
-    value = filled(shape, dtype, sharding, made_of, odd)
+    made_of = [(stored.get(name), at) for name, at in pieces(names[key], layers, shape)]
+    value = filled(shape, dtype, sharding, names[key], made_of, odd)
     return leaf.replace_boxed(value) if tree.is_weight(leaf) else value
   return structure.unflatten([one(*leaf, to) for leaf, to in zip(found, where)]), odd
 
@@ -138,14 +137,6 @@ def write_config(folder, family, config, hf_config=None, dtype='float32'):
   hf = tokens | family.to_hf(config)
   text = json.dumps(hf | dict(torch_dtype=str(dtype)), indent=2)
   pathlib.Path(folder, 'config.json').write_text(text + '\n', encoding='utf-8')
-
-
-def configured(config, **settings):
-  """The config with settings that concern each of its stacks: dtype, remat, scan_layers."""
-  inner = {f.name: configured(value, **settings) for f in dataclasses.fields(config)
-           if hasattr(value := getattr(config, f.name), 'scan_layers')}
-  own = {f.name: settings[f.name] for f in dataclasses.fields(config) if f.name in settings}
-  return dataclasses.replace(config, **own, **inner)
 
 
 def abstract(config):

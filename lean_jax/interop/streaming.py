@@ -1,15 +1,18 @@
 """Arrays filled from the tensors of a checkpoint, a block at a time, where they will live."""
+import concurrent.futures
 import math
+import os
 
 import jax
 import numpy as np
 
 from lean_jax.interop.tensors import common, halves, whole, within
 
-_ALIGNED = 64                 # bytes; on a CPU, JAX takes over memory that begins at a multiple
+_LINE = 64                    # bytes; on a CPU, JAX takes over memory that begins at a multiple
+_THREADS = min(8, os.cpu_count() or 1)     # tensors read at once, a few blocks of each in memory
 
 
-def filled(shape, dtype, sharding, pieces, odd):
+def filled(shape, dtype, sharding, stored, pieces, odd):
   """An array made of tensors, of which a host reads what its devices need.
 
   On a CPU the memory that is filled is the array's own; of other devices the host holds this
@@ -18,8 +21,8 @@ def filled(shape, dtype, sharding, pieces, odd):
   Args:
     shape, dtype: of the array.
     sharding: where it lives; None is JAX's default device.
-    pieces: [(tensor, stored, at)], a Tensor that is `array[at]` as a Stored says; no Tensor, None,
-      is zeros.
+    stored: the Stored that says how tensors have it.
+    pieces: [(tensor, at)], the Tensor of `array[at]`; None is zeros.
     odd: a set, to which the names of tensors with a NaN or an infinity are added.
   """
   shape = tuple(shape)
@@ -27,8 +30,9 @@ def filled(shape, dtype, sharding, pieces, odd):
       device: tuple(s.indices(n)[:2] for s, n in zip(index, shape))
       for device, index in sharding.addressable_devices_indices_map(shape).items()}
   shards = {box: _aligned([b - a for a, b in box], dtype) for box in boxes.values()}
-  for tensor, stored, at in pieces:
-    _fill(shards, shape[len(at):], tensor, stored, at, odd)
+  threads = _THREADS if _in_boxes(stored) else 1       # other tensors are whole in memory
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    list(pool.map(lambda piece: _fill(shards, shape[len(piece[1]):], stored, *piece, odd), pieces))
   if sharding is None:
     return jax.device_put(shards[boxes[None]])
   return jax.make_array_from_single_device_arrays(shape, sharding, [
@@ -36,7 +40,7 @@ def filled(shape, dtype, sharding, pieces, odd):
           device, memory_kind=sharding.memory_kind)) for device, box in boxes.items()])
 
 
-def _fill(shards, shape, tensor, stored, at, odd):
+def _fill(shards, shape, stored, tensor, at, odd):
   """Writes one piece, of this shape, into the shards that have a part of it."""
   depth = len(at)
   wanted = {box[depth:]: values[(*(n - a for n, (a, _) in zip(at, box)), ...)]
@@ -48,9 +52,8 @@ def _fill(shards, shape, tensor, stored, at, odd):
   if not wanted:
     return
   hull = tuple((min(a for a, _ in pairs), max(b for _, b in pairs)) for pairs in zip(*wanted))
-  for box, values in _blocks(tensor, stored, shape, hull):
-    with np.errstate(over='ignore'):                   # told with the other infinities
-      values = values.astype(next(iter(wanted.values())).dtype, copy=False)
+  dtype = next(iter(wanted.values())).dtype
+  for box, values in _blocks(tensor, stored, shape, hull, dtype):
     if not _finite(values):
       odd.add(tensor.name)
     for own, out in wanted.items():
@@ -59,11 +62,12 @@ def _fill(shards, shape, tensor, stored, at, odd):
         out[within(here, own)] = values[within(here, box)]
 
 
-def _blocks(tensor, stored, shape, box):
+def _blocks(tensor, stored, shape, box, dtype):
   """[(box, array)] of the parts of ours, of this shape, that make up a box."""
-  if stored.shape is not None or stored.repeats > 1:   # a box of ours is none of the tensor's
+  if not _in_boxes(stored):
     values = stored.read(tensor.read(), shape)
-    yield from ((part, values[within(part, whole(shape))]) for part in halves(box))
+    yield from ((part, _converted(values[within(part, whole(shape))], dtype))
+                for part in halves(box))
     return
   permute = stored.permute or tuple(range(len(shape)))
   theirs = [box[permute.index(k)] for k in range(len(shape))]
@@ -72,7 +76,29 @@ def _blocks(tensor, stored, shape, box):
       (a + by, b + by) if k == stored.axis else (a, b) for k, (a, b) in enumerate(pairs))
   for part, values in tensor.blocks(move(theirs, before)):
     part = move(part, -before)
-    yield tuple(part[k] for k in permute), values.transpose(permute)
+    yield tuple(part[k] for k in permute), _converted(values, dtype).transpose(permute)
+
+
+def _in_boxes(stored):
+  """Whether a box of our array is a box of the tensor."""
+  return stored.shape is None and stored.repeats == 1
+
+
+def _converted(values, dtype):
+  """Values in a dtype, its rows an odd number of cache lines apart.
+
+  They will be transposed, and the rows of a matrix whose width is a power of two are at the same
+  place of a cache: that takes several times as long.
+  """
+  if values.ndim < 2:
+    out = np.empty(values.shape, dtype)
+  else:
+    *rows, width = values.shape
+    lines = -(-width * dtype.itemsize // _LINE) | 1
+    out = np.empty((*rows, lines * _LINE // dtype.itemsize), dtype)[..., :width]
+  with np.errstate(over='ignore'):                     # told with the other infinities
+    out[...] = values
+  return out
 
 
 def _finite(values):
@@ -86,6 +112,6 @@ def _finite(values):
 
 def _aligned(shape, dtype):
   size = math.prod(shape) * np.dtype(dtype).itemsize
-  room = np.empty(size + _ALIGNED, np.uint8)
-  start = -room.ctypes.data % _ALIGNED
+  room = np.empty(size + _LINE, np.uint8)
+  start = -room.ctypes.data % _LINE
   return room[start:start + size].view(dtype).reshape(shape)

@@ -6,6 +6,7 @@ segment has the name of its first layer, 'layers/3/...'; where several kinds rep
 of them has its number in the period, 'layers/0/4/...'. Written-out layers are segments of one
 layer.
 """
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -109,6 +110,42 @@ def restacked(config, trees):
     parts = [_stacked(own[k::P]) if s.stacked else own[0] for k in range(P)]
     out[s.name] = parts[0] if P == 1 else {str(k): part for k, part in enumerate(parts)}
   return out[cut[0].name] if uniform(cut) else out
+
+
+def configured(config, **settings):
+  """The config with settings that concern each of its stacks: dtype, remat, scan_layers."""
+  inner = {f.name: configured(value, **settings) for f in dataclasses.fields(config)
+           if hasattr(value := getattr(config, f.name), 'scan_layers')}
+  own = {f.name: settings[f.name] for f in dataclasses.fields(config) if f.name in settings}
+  return dataclasses.replace(config, **own, **inner)
+
+
+def converted(config, params, scan_layers):
+  """The model with layers of one kind stacked, or each written out: every value as it was.
+
+  Args:
+    config: of the model, of one stack or several.
+    params: of `config.module`, of any kinds of weights.
+    scan_layers: whether they are to be stacked.
+
+  Returns:
+    config, params.
+  """
+  other = configured(config, scan_layers=scan_layers)
+  if other == config:
+    return config, params
+  for prefix, stack in config.stacks.items():
+    change = lambda layers, old=stack, new=other.stacks[prefix]: restacked(
+        new, unstacked(old, layers))
+    params = _replaced(params, f'{prefix}layers'.split('/'), change)
+  return other, params
+
+
+def _replaced(tree, path, change):
+  """The nested dict with what is at a path changed."""
+  if not path:
+    return change(tree)
+  return {**tree, path[0]: _replaced(tree[path[0]], path[1:], change)}
 
 
 def taken(tree, k):
