@@ -118,5 +118,4 @@ def check_unrolled(row):
         1e-5)
 
 
-CHECKS = dict(logits=check_logits, cache=check_cache, generate=check_generate, save=check_save,
-              bfloat16=check_bfloat16, unrolled=check_unrolled)
+CHECKS = (check_logits, check_cache, check_generate, check_save, check_bfloat16, check_unrolled)

@@ -33,6 +33,7 @@ class Row:
     bound: of the largest difference of logits, in parts of the largest logit.
     left: whether transformers takes position_ids, so that left padding can be compared too.
     tweak: called with the model of transformers before it is saved.
+    checks: what must hold, functions of the row; () is all of `CHECKS`.
   """
   family: str
   what: str
@@ -41,6 +42,7 @@ class Row:
   bound: float = 2e-5
   left: bool = True
   tweak: Callable = lambda model: None
+  checks: tuple[Callable, ...] = ()
 
   @property
   def id(self):

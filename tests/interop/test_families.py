@@ -12,7 +12,10 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 
 # A row's checks follow each other, so that its model is made once.
-@pytest.mark.parametrize('check', CHECKS.values(), ids=CHECKS)
-@pytest.mark.parametrize('row', ROWS, ids=lambda r: r.id)
+CASES = [pytest.param(row, check, id=f'{row.id}-{check.__name__.removeprefix("check_")}')
+         for row in ROWS for check in row.checks or CHECKS.values()]
+
+
+@pytest.mark.parametrize(('row', 'check'), CASES)
 def test_family(row, check):
   check(row)
