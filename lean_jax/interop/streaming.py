@@ -29,7 +29,7 @@ def filled(shape, dtype, sharding, stored, pieces, odd):
   boxes = {None: whole(shape)} if sharding is None else {
       device: tuple(s.indices(n)[:2] for s, n in zip(index, shape))
       for device, index in sharding.addressable_devices_indices_map(shape).items()}
-  shards = {box: _aligned([b - a for a, b in box], dtype) for box in boxes.values()}
+  shards = {box: _aligned([b - a for a, b in box], dtype) for box in set(boxes.values())}
   threads = _THREADS if _in_boxes(stored) else 1       # other tensors are whole in memory
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     list(pool.map(lambda piece: _fill(shards, shape[len(piece[1]):], stored, *piece, odd), pieces))
