@@ -1,6 +1,7 @@
 """Every family with every method: the same few lines for all of them.
 
-A family is a config.json in configs/, as transformers writes it for a tiny model; weights are random.
+A family is a config.json in configs/, as transformers writes it for a tiny model; its weights are
+random.
 """
 import functools
 import json
@@ -86,7 +87,7 @@ def check_method(name, method):
 
 
 def check_distill(name):
-  """A step of distillation from the model itself lowers the loss of a student with other weights."""
+  """Distillation from the model itself lowers the loss of a student with other weights."""
   config, params = model(name)
   loss = distillation(config.module, config.module, temperature=2., soft_weight=1.)
   student = jax.tree.map(
