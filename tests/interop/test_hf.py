@@ -2,6 +2,8 @@ import dataclasses
 import functools
 import json
 import pathlib
+import tracemalloc
+import warnings
 
 import jax
 import ml_dtypes
@@ -12,9 +14,12 @@ from flax.core import meta
 
 from lean_jax import tree
 from lean_jax.errors import InputError
+from lean_jax.interop import streaming
 from lean_jax.interop.hf import load_hf, save_hf
 from lean_jax.models.families import FAMILIES
+from lean_jax.models.segments import converted
 from lean_jax.quantization.rtn import rtn
+from lean_jax.training.mesh import make_mesh, shardings
 
 
 def refused(folder, *words):
@@ -32,7 +37,8 @@ def equal(a, b):
 def test_layers_are_stacked_and_linears_transposed(tiny_folder):
   folder, tensors = tiny_folder()
   family, config, params, hf = load_hf(folder)
-  assert (family.model_type, config.attention.ropes[0].theta, config.head_width) == ('llama', 500., 6)
+  assert (family.model_type, config.head_width) == ('llama', 6)
+  assert config.attention.ropes[0].theta == 500.
   assert hf['eos_token_id'] == 2
   down = params['layers']['mlp']['down']['kernel']
   assert (down.dims, down.axes) == ('nio', ('layers', 'mlp', 'embed'))
@@ -100,6 +106,88 @@ def test_shards_are_found_by_their_index(tiny_folder):
   refused(folder, 'is not JSON')
 
 
+@pytest.mark.parametrize('most', ['1KB', 700, '1GB'])
+def test_a_model_is_saved_in_files_of_a_size(tiny_folder, tmp_path, most):
+  family, config, params, hf = load_hf(tiny_folder()[0])
+  save_hf(tmp_path, family, config, params, hf, max_shard_size=most)
+  files = [path.name for path in tmp_path.glob('*.safetensors')]
+  assert (len(files) > 3) == (most != '1GB') == (tmp_path / 'model.safetensors.index.json').exists()
+  again = load_hf(tmp_path)
+  assert again[1] == config
+  equal(again[2], params)
+  with pytest.raises(InputError, match='max_shard_size'):
+    save_hf(tmp_path, family, config, params, hf, max_shard_size='some')
+
+
+def test_each_tensor_is_saved_in_its_dtype(tiny_folder, tmp_path):
+  family, config, params, hf = load_hf(tiny_folder()[0])
+  mixed = jax.tree.map(lambda x: x.astype('bfloat16') if x.ndim > 2 else x, params)
+  save_hf(tmp_path, family, config, mixed, hf)
+  saved = safetensors.numpy.load_file(tmp_path / 'model.safetensors')
+  assert {str(x.dtype) for n, x in saved.items() if 'proj' in n} == {'bfloat16'}
+  assert {str(x.dtype) for n, x in saved.items() if 'norm' in n} == {'float32'}
+  assert json.loads((tmp_path / 'config.json').read_text())['torch_dtype'] == 'float32'
+
+
+def test_quantized_weights_written_out_are_saved_alike(tiny_folder, tmp_path):
+  family, config, params, _ = load_hf(tiny_folder()[0])
+  lean = tree.transform(params, [('layers/mlp/up/.*', functools.partial(rtn, spec='w8a16'))])
+  for name, model in dict(stacked=(config, lean), out=converted(config, lean, False)).items():
+    (tmp_path / name).mkdir()
+    save_hf(tmp_path / name, family, *model)
+  equal(*(safetensors.numpy.load_file(tmp_path / name / 'model.safetensors')
+          for name in ('stacked', 'out')))
+
+
+def test_layers_are_read_stacked_or_written_out_and_converted_exactly(tiny_folder):
+  folder, _ = tiny_folder()
+  _, config, stacked, _ = load_hf(folder)
+  _, other, out, _ = load_hf(folder, scan_layers=False)
+  assert (config.scan_layers, other.scan_layers) == (True, False)
+  for one, wanted in ((converted(config, stacked, False), (other, out)),
+                      (converted(other, out, True), (config, stacked)),
+                      (converted(other, out, False), (other, out))):
+    assert one[0] == wanted[0] and jax.tree.structure(one[1]) == jax.tree.structure(wanted[1])
+    equal(one[1], wanted[1])
+
+
+@pytest.mark.parametrize('scan', [True, False])
+def test_each_device_is_given_its_part(tiny_folder, scan):
+  folder, _ = tiny_folder()
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  whole = load_hf(folder, scan_layers=scan)[2]
+  where = shardings(whole, mesh)
+  for given in (lambda like: shardings(like, mesh), where):
+    params = load_hf(folder, scan_layers=scan, shardings=given)[2]
+    equal(params, whole)
+    assert jax.tree.map(lambda x: x.sharding, params) == where
+  layers = params['layers'] if scan else params['layers']['0']
+  up = layers['mlp']['up']['kernel'].value
+  assert up.addressable_shards[0].data.size * 4 == up.size
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[5])
+  params = load_hf(folder, scan_layers=scan, shardings=device)[2]
+  assert {x.sharding for x in jax.tree.leaves(params)} == {device}
+
+
+def test_a_model_is_read_and_written_without_a_second_copy(tiny_folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(streaming, '_THREADS', 2)
+  folder, tensors = tiny_folder(dict(
+      hidden_size=512, intermediate_size=2048, num_hidden_layers=4, vocab_size=4096,
+      num_attention_heads=8, num_key_value_heads=8, head_dim=64))
+  size, room = sum(x.nbytes for x in tensors.values()), 20e6
+  del tensors
+  assert size > 4 * room
+  tracemalloc.start()
+  try:
+    family, config, params, _ = load_hf(folder)
+    held, peak = tracemalloc.get_traced_memory()
+    assert size < held < peak < size + room
+    save_hf(tmp_path, family, config, params)
+    assert tracemalloc.get_traced_memory()[1] < size + room
+  finally:
+    tracemalloc.stop()
+
+
 def test_old_and_new_spellings_and_defaults(tiny_folder):
   folder, _ = tiny_folder(dict(num_key_value_heads=2, head_dim=4))
   hf = json.loads((folder / 'config.json').read_text())
@@ -153,6 +241,45 @@ Q = 'model.layers.1.self_attn.q_proj.weight'
 ])
 def test_tensors_that_do_not_fit_the_config_are_listed(tiny_folder, edit, words):
   refused(tiny_folder(edit=edit)[0], *words)
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    (dict(vocab_size=13), ['model.embed_tokens.weight (12, 8) instead of (13, 8)', 'lm_head']),
+    (dict(intermediate_size=11), ['mlp.gate_proj.weight (10, 8) instead of (11, 8)', 'more']),
+    (dict(num_hidden_layers=3), ['missing model.layers.2.', 'more']),
+    (dict(num_hidden_layers=1), ['unknown model.layers.1.', 'more']),
+    (dict(tie_word_embeddings=True), ['lm_head.weight that differs']),
+])
+def test_tensors_of_another_config_are_refused(tiny_folder, change, words):
+  folder, _ = tiny_folder()
+  path = folder / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  refused(folder, *words)
+
+
+@pytest.mark.parametrize(('value', 'dtype', 'told'), [
+    (np.nan, 'float32', True), (-np.inf, 'bfloat16', True), (1e5, 'float16', True),
+    (1e5, 'float32', False), (1e5, 'bfloat16', False)])
+def test_tensors_that_are_not_finite_are_named(tiny_folder, value, dtype, told):
+  def edit(t):
+    t[Q][3, 2] = t['model.norm.weight'][1] = value
+  folder, _ = tiny_folder(edit=edit)
+  with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter('always')
+    params = load_hf(folder, dtype=dtype)[2]
+  assert params['layers']['attention']['q']['kernel'].shape[0] == 2
+  found = [str(w.message) for w in heard]
+  assert len(found) == told
+  if told:
+    assert f'no finite {dtype} in {Q}, model.norm.weight; ' in found[0] and '\n' not in found[0]
+
+
+def test_a_tied_head_that_is_not_finite_is_told_and_not_refused(tiny_folder):
+  def edit(t):
+    t['model.embed_tokens.weight'][1, 2] = np.nan
+    t['lm_head.weight'] = t['model.embed_tokens.weight'].copy()
+  with pytest.warns(UserWarning, match=r'in model\.embed_tokens\.weight; '):
+    load_hf(tiny_folder(dict(tie_word_embeddings=True), edit)[0])
 
 
 def test_constants_and_a_repeated_tied_head_are_no_parameters(tiny_folder):

@@ -72,8 +72,13 @@ def test_shards_are_read_as_one_model(theirs, tmp_path):
   theirs.save_pretrained(tmp_path / 'one')
   theirs.save_pretrained(tmp_path / 'many', max_shard_size='20KB')
   assert not (tmp_path / 'many' / 'model.safetensors').exists()
-  jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / 'many')[2],
-               load_hf(tmp_path / 'one')[2])
+  family, config, params, hf = load_hf(tmp_path / 'many')
+  jax.tree.map(np.testing.assert_array_equal, params, load_hf(tmp_path / 'one')[2])
+  (tmp_path / 'ours').mkdir()
+  save_hf(tmp_path / 'ours', family, config, params, hf, max_shard_size='20KB')
+  assert not (tmp_path / 'ours' / 'model.safetensors').exists()
+  again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours')
+  np.testing.assert_array_equal(logits_of(again, [PROMPT]), logits_of(theirs, [PROMPT]))
 
 
 def test_a_model_in_bfloat16_is_read(theirs, tmp_path):
