@@ -1,6 +1,6 @@
 """Writes docs/models.md: runs every check of every family, and prints what it measured.
 
-python docs/models.py            from the root of a checkout, with torch and the extra interop; minutes
+python docs/models.py      from the root of a checkout, with torch and the extra interop; minutes
 """
 import importlib.metadata
 import os
@@ -25,20 +25,20 @@ INTRODUCTION = '''# Models
 
 Written by `python docs/models.py`, from the checks that the tests run ({versions}).
 
-A row is a tiny model of `transformers` with random weights, saved by it and loaded by `lean.load`. **logits** is
-the largest difference of float32 logits, whole rows and rows padded on either side, in parts of the largest logit;
-**cache**, that of the cached path to the whole; **generate**, whether 32 greedy tokens are the same; **save**,
-whether `transformers` loads what `lean.save(..., format='hf')` wrote and computes the very same logits;
-**bfloat16**, how far bfloat16 is from float32, at most twice what it is in `transformers`; **unrolled**, the
-difference of `scan_layers=False`. Other names are checks of encoders and encoder-decoders, said in
-`tests/interop`.
+A row is a tiny model of `transformers` with random weights, saved by it and loaded by `lean.load`.
+**logits** is the largest difference of float32 logits, of whole rows and of rows padded on either
+side, in parts of the largest logit; **cache**, that of the cached path to the whole; **generate**,
+whether 32 greedy tokens are the same; **save**, whether `transformers` loads what
+`lean.save(..., format='hf')` wrote and computes the very same logits; **bfloat16**, how far it
+is from float32, at most twice as far as `transformers` is; **unrolled**, the difference made by
+`scan_layers=False`. Other names are checks of encoders and encoder-decoders, in `tests/interop`.
 '''
 METHODS = '''
 ## Methods
 
-Each family of `tests/models/configs`, random weights, with each method, the same lines for all of them: how far the
-outputs moved, in parts of their root mean square; for `distill`, how much four steps changed the loss. LoRA and QAT
-are trained for four steps too, and pass if the loss falls.
+Each family of `tests/models/configs`, random weights, with each method, the same lines for all of
+them: how far the outputs moved, in parts of their root mean square; for `distill`, how much four
+steps changed the loss. LoRA and QAT are trained for four steps too, and pass if the loss falls.
 '''
 
 
