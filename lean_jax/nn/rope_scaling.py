@@ -38,7 +38,7 @@ class Linear:
 class Dynamic:
   """A base that grows with the sequence once that is longer than `original` (NTK-aware scaling).
 
-  Peng et al. 2023 (arXiv:2309.00071), section 3.3 and appendix B.
+  Peng et al. 2023 (arXiv:2309.00071), section 3.3.
   """
   factor: float
   original: int                 # tokens that a sequence had in training
