@@ -1,5 +1,6 @@
 """The API: what is saved is what is loaded, and each function is the method it names."""
 import dataclasses
+import errno
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import pytest
 
 import lean_jax as lean
 from lean_jax import tree
+from lean_jax.interop import shards
+from lean_jax.training.mesh import make_mesh, shardings
 from lean_jax.weights import LowRank
 
 TEXT = 'the quick brown fox jumps over the lazy dog\n' * 400
@@ -47,6 +50,84 @@ def test_the_hf_format_holds_the_dense_values(tiny_model, tmp_path):
   found = lean.load(tmp_path / 'out')
   tokens = np.arange(12).reshape(2, 6)
   np.testing.assert_allclose(found.logits(tokens), model.logits(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize('format', ['lean', 'hf'])
+def test_layers_are_loaded_stacked_or_written_out(tiny_model, tmp_path, format):
+  tokens = np.arange(12).reshape(2, 6)
+  lean.save(tiny_model, tmp_path / 'out', format=format)
+  out = lean.load(tmp_path / 'out', scan_layers=False)
+  assert not out.config.scan_layers and out.params['layers'].keys() == {'0', '1'}
+  same(lean.scan_layers(out).params, tiny_model.params)
+  same(lean.scan_layers(tiny_model, False).params, out.params)
+  # Sums are fused differently: float32.
+  np.testing.assert_allclose(out.logits(tokens), tiny_model.logits(tokens), atol=1e-5)
+  lean.save(out, tmp_path / 'again', format=format)
+  again = lean.load(tmp_path / 'again')
+  assert again.config.scan_layers == (format == 'hf')
+  same(again.params, tiny_model.params if format == 'hf' else out.params)
+  same(lean.load(tmp_path / 'again', scan_layers=True).params, tiny_model.params)
+
+
+def test_adapters_over_few_bits_are_converted_exactly(tiny_model, tmp_path):
+  model = lean.attach_lora(lean.quantize(tiny_model, 'w4a16-g16'), rank=2)
+  lean.save(model, tmp_path / 'out')
+  out = lean.load(tmp_path / 'out', scan_layers=False)
+  same(out.params, lean.scan_layers(model, False).params)
+  same(lean.scan_layers(out, True).params, model.params)
+
+
+@pytest.mark.parametrize('format', ['lean', 'hf'])
+def test_each_device_is_given_its_part(tiny_model, tmp_path, format):
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  model = tiny_model if format == 'hf' else lean.quantize(tiny_model, 'w8a16')
+  lean.save(model, tmp_path / 'out', format=format)
+  found = lean.load(tmp_path / 'out', mesh=mesh)
+  same(found.params, model.params)
+  assert jax.tree.map(lambda x: x.sharding, found.params) == shardings(model.params, mesh)
+  tokens = np.arange(12).reshape(2, 6)
+  # Sums over devices: float32.
+  np.testing.assert_allclose(found.logits(tokens), model.logits(tokens), atol=1e-5)
+
+
+def test_a_model_is_loaded_by_its_id_from_the_cache_of_the_hub(tiny_model, tmp_path, monkeypatch):
+  from huggingface_hub import constants
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+  repository = tmp_path / 'models--org--tiny'
+  lean.save(tiny_model, repository / 'snapshots' / 'abc', format='hf')
+  (repository / 'refs').mkdir()
+  (repository / 'refs' / 'main').write_text('abc')
+  same(lean.load('org/tiny').params, tiny_model.params)
+  for absent in ('org/other', 'org/tiny@v2'):
+    with pytest.raises(lean.InputError, match=f'{absent}.*the hub cannot be reached'):
+      lean.load(absent)
+  with pytest.raises(lean.InputError, match='no folder .*nothing'):
+    lean.load(tmp_path / 'nothing')
+
+
+def test_files_of_a_size_are_all_there_or_none_is(tiny_model, tmp_path, monkeypatch):
+  lean.save(tiny_model, tmp_path / 'out', format='hf', max_shard_size='10KB')
+  assert len(list((tmp_path / 'out').glob('*.safetensors'))) > 2
+  same(lean.load(tmp_path / 'out').params, tiny_model.params)
+  write, written = shards._write, []
+
+  def full(*given):
+    write(*given)
+    written.append(given[0])
+    if len(written) == 2:
+      raise OSError(errno.ENOSPC, 'No space left on device')
+  monkeypatch.setattr(shards, '_write', full)
+  for target, overwrite in (('new', False), ('out', True)):
+    written.clear()
+    with pytest.raises(lean.InputError, match='no space left'):
+      lean.save(tiny_model, tmp_path / target, format='hf', max_shard_size='10KB',
+                overwrite=overwrite)
+  assert [path.name for path in tmp_path.iterdir()] == ['out']
+  same(lean.load(tmp_path / 'out').params, tiny_model.params)
+  with pytest.raises(lean.InputError, match='max_shard_size'):
+    lean.save(tiny_model, tmp_path / 'new', format='hf', max_shard_size='ten')
+  assert not (tmp_path / 'new').exists()
 
 
 def test_saving_over_something_needs_leave_and_a_model_there(tiny_model, tmp_path):

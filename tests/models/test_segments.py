@@ -11,8 +11,16 @@ from lean_jax.adapters.lora import lora
 from lean_jax.distillation.start import take_layers
 from lean_jax.interop import hf
 from lean_jax.models.decoder import Decoder, DecoderConfig, empty_cache
-from lean_jax.models.segments import located, restacked, segments, uniform, unstacked
-from lean_jax.models.stack import Layer
+from lean_jax.models.encoder_decoder import EncoderDecoderConfig
+from lean_jax.models.segments import (
+  converted,
+  located,
+  restacked,
+  segments,
+  uniform,
+  unstacked,
+)
+from lean_jax.models.stack import Layer, StackConfig
 from lean_jax.quantization.rtn import rtn
 
 KINDS = dict(a=Layer(), b=Layer(feed_forward=None), m=Layer('mamba'), e=Layer('mamba', 'moe'),
@@ -149,6 +157,34 @@ def test_a_model_converted_between_stacked_and_written_out_has_the_same_logits(p
   for one in (stacked[1], *written):
     # Sums are fused differently: float32, logits of order ten.
     np.testing.assert_allclose(one, stacked[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('pattern', PATTERNS)
+def test_converting_there_and_back_gives_the_same_model(pattern, method):
+  config, params = made(pattern)
+  params = params | dict(layers=layers_of(pattern, method)[1])
+  other, out = converted(config, params, False)
+  assert other == dataclasses.replace(config, scan_layers=False)
+  assert_same(out['layers'], restacked(other, unstacked(config, params['layers'])))
+  assert out['embed'] is params['embed']
+  again, back = converted(other, out, True)
+  assert again == config
+  assert_same(back, params)
+
+
+def test_both_stacks_of_a_model_are_converted():
+  both = dict(vocabulary=16, width=8, hidden=8, heads=2, groups=2, head_width=4, context=8)
+  config = EncoderDecoderConfig(
+      encoder=StackConfig(layers=2, causal=False, **both),
+      decoder=DecoderConfig(layers=3, cross=True, **both), start=0)
+  params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), hf.abstract(config))
+  other, out = converted(config, params, False)
+  assert not (other.encoder.scan_layers or other.decoder.scan_layers or hf.misfits(other, out))
+  assert [len(out[k]['layers']) for k in ('encoder', 'decoder')] == [2, 3]
+  again, back = converted(other, out, True)
+  assert again == config
+  assert_same(back, params)
 
 
 @pytest.mark.parametrize('method', ['dense', 'both'])
