@@ -4,6 +4,7 @@ from lean_jax.models.families.bart import BART
 from lean_jax.models.families.base import Family
 from lean_jax.models.families.deepseek_v3 import DEEPSEEK_V3
 from lean_jax.models.families.gpt2 import GPT2
+from lean_jax.models.families.gpt_neox import GPT_NEOX
 from lean_jax.models.families.gpt_oss import GPT_OSS
 from lean_jax.models.families.jamba import JAMBA
 from lean_jax.models.families.lean_lstm import LEAN_LSTM
@@ -12,12 +13,13 @@ from lean_jax.models.families.mamba import MAMBA
 from lean_jax.models.families.mamba2 import MAMBA2
 from lean_jax.models.families.mixtral import MIXTRAL
 from lean_jax.models.families.opt import OPT
+from lean_jax.models.families.phi import PHI
 from lean_jax.models.families.qwen3_moe import QWEN3_MOE
 from lean_jax.models.families.t5 import T5
 
 FAMILIES = {family.model_type: family for family in (
-    BART, DEEPSEEK_V3, GPT2, GPT_OSS, JAMBA, LEAN_LSTM, LLAMA, MAMBA, MAMBA2, MIXTRAL, OPT,
-    QWEN3_MOE, T5)}
+    BART, DEEPSEEK_V3, GPT2, GPT_NEOX, GPT_OSS, JAMBA, LEAN_LSTM, LLAMA, MAMBA, MAMBA2, MIXTRAL,
+    OPT, PHI, QWEN3_MOE, T5)}
 
 __all__ = ['FAMILIES', 'Family', 'family_of']
 
