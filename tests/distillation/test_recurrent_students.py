@@ -9,8 +9,8 @@ import pytest
 import lean_jax as lean
 from lean_jax.models.families import FAMILIES
 
-WORDS = (('a small', 'the old', 'no'), ('fox', 'dog', 'cat', 'bird'), ('sees', 'jumps over', 'eats'),
-         ('the lazy dog', 'a stone', 'its tail', 'nothing'))
+WORDS = (('a small', 'the old', 'no'), ('fox', 'dog', 'cat', 'bird'),
+         ('sees', 'jumps over', 'eats'), ('the lazy dog', 'a stone', 'its tail', 'nothing'))
 STUDENTS = {
     'lean_lstm': dict(num_hidden_layers=1, lstm_size=48, max_position_embeddings=64),
     'mamba': dict(num_hidden_layers=1, state_size=8, max_position_embeddings=64),
