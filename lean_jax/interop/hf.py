@@ -143,7 +143,7 @@ def abstract(config):
   """The params of `config.module`, with jax.ShapeDtypeStruct for arrays."""
   module = config.module
   tokens = {name: jax.ShapeDtypeStruct((1, 1), jnp.int32) for name in module.inputs}
-  return jax.eval_shape(module.init, jax.random.key(0), **tokens)['params']
+  return jax.eval_shape(lambda given: module.init(jax.random.key(0), **given), tokens)['params']
 
 
 def leaves(params):
