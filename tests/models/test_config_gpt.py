@@ -1,4 +1,5 @@
 """config.json of GPT-2, GPT-NeoX, OPT and Phi: what is read, what is refused, and back."""
+import copy
 import re
 
 import pytest
@@ -11,11 +12,18 @@ VARIANTS = {
     'gpt2': [{}, dict(n_inner=100), dict(n_embd=32, n_head=2, n_positions=8, vocab_size=50),
              dict(scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True),
              dict(activation_function='relu', layer_norm_epsilon=1e-6, tie_word_embeddings=False)],
+    'gpt_neox': [{}, dict(use_parallel_residual=False, attention_bias=False),
+                 dict(rotary_pct=1., rotary_emb_base=500.), dict(hidden_act='gelu_new'),
+                 dict(tie_word_embeddings=True, layer_norm_eps=1e-6),
+                 dict(rotary_pct=.5, rope_scaling=dict(rope_type='linear', factor=2.))],
     'opt': [{}, dict(do_layer_norm_before=False, word_embed_proj_dim=512, hidden_size=1024,
                      num_attention_heads=16, ffn_dim=4096),
             dict(word_embed_proj_dim=768), dict(enable_bias=False, tie_word_embeddings=False),
             dict(_remove_final_layer_norm=True), dict(layer_norm_elementwise_affine=False),
             dict(activation_function='gelu')],
+    'phi': [{}, dict(num_key_value_heads=4), dict(qk_layernorm=True, hidden_act='gelu'),
+            dict(partial_rotary_factor=1., rope_theta=500.), dict(partial_rotary_factor=.25),
+            dict(rope_scaling=dict(rope_type='dynamic', factor=2.), vocab_size=99)],
 }
 CASES = [(family, given) for family, every in VARIANTS.items() for given in every]
 REFUSED = [
@@ -23,6 +31,13 @@ REFUSED = [
     ('gpt2', dict(activation_function='quick_gelu')),
     ('gpt2', dict(n_head=7)),
     ('gpt2', dict(layer_norm_epsilon=-1)),
+    ('gpt_neox', dict(head_dim=64)),
+    ('gpt_neox', dict(hidden_act='mish')),
+    ('gpt_neox', dict(num_attention_heads=7)),
+    ('gpt_neox', dict(rope_scaling=dict(rope_type='mrope'))),
+    ('phi', dict(tie_word_embeddings=True)),
+    ('phi', dict(hidden_act='mish')),
+    ('phi', dict(num_key_value_heads=5)),
     ('opt', dict(activation_function='mish')),
     ('opt', dict(num_attention_heads=7)),
     ('opt', dict(word_embed_proj_dim='wide')),
@@ -42,7 +57,7 @@ def test_a_config_survives_the_way_to_hugging_face_and_back(family, given):
 @pytest.mark.parametrize(('family', 'given'), CASES)
 def test_absent_keys_mean_what_they_mean_to_transformers(family, given):
   transformers = pytest.importorskip('transformers')
-  theirs = transformers.AutoConfig.for_model(family, **given).to_dict()
+  theirs = transformers.AutoConfig.for_model(family, **copy.deepcopy(given)).to_dict()
   assert FAMILIES[family].from_hf(theirs) == FAMILIES[family].from_hf(given)
 
 
@@ -51,10 +66,13 @@ def test_transformers_reads_from_what_we_write_what_it_would_have_read(family, g
   transformers = pytest.importorskip('transformers')
   written = FAMILIES[family].to_hf(FAMILIES[family].from_hf(given))
   written = {k: v for k, v in written.items() if k not in ('model_type', 'architectures')}
-  ours, theirs = (transformers.AutoConfig.for_model(family, **hf).to_dict()
+  ours, theirs = (transformers.AutoConfig.for_model(family, **copy.deepcopy(hf)).to_dict()
                   for hf in (written, given))
+  # What follows from other keys where it is not written.
   if theirs.get('n_inner', 0) is None:
     theirs['n_inner'] = 4 * theirs['n_embd']
+  if 'head_dim' in ours:
+    theirs.setdefault('head_dim', theirs['hidden_size'] // theirs['num_attention_heads'])
   assert ours == theirs
 
 
@@ -105,3 +123,16 @@ def test_gpt2_is_read_by_the_general_names_too():
   assert from_hf(dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=3,
                       max_position_embeddings=8)) == from_hf(
       dict(n_embd=32, n_head=2, n_layer=3, n_positions=8))
+
+
+@pytest.mark.parametrize(('family', 'buffers', 'parameters'), [
+    ('gpt2', ('h.0.attn.bias', 'transformer.h.11.attn.masked_bias'),
+     ('h.0.attn.c_attn.bias', 'h.0.ln_1.bias')),
+    ('gpt_neox', ('gpt_neox.layers.0.attention.bias', 'layers.9.attention.masked_bias',
+                  'gpt_neox.layers.0.attention.rotary_emb.inv_freq'),
+     ('gpt_neox.layers.0.attention.dense.bias', 'embed_out.weight')),
+])
+def test_buffers_of_old_checkpoints_are_no_parameters(family, buffers, parameters):
+  ignored = FAMILIES[family].ignored
+  assert all(re.fullmatch(ignored, name) for name in buffers)
+  assert not any(re.fullmatch(ignored, name) for name in parameters)
