@@ -1,45 +1,59 @@
-"""Llama (Touvron et al. 2023, arXiv:2302.13971), with grouped queries and an optional tied head."""
+"""Llama (Touvron et al. 2023, arXiv:2302.13971), and what families like it share."""
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.families.base import (
+  ACTIVATIONS,
   Family,
   Stored,
+  activation_name,
+  chosen,
   head_shape,
   linear,
   positive,
   require,
-  rope_theta,
 )
+from lean_jax.models.families.rope_config import context, rope_hf, ropes
 from lean_jax.nn.attention import AttentionOptions
-from lean_jax.nn.rope import Rope
+from lean_jax.nn.mlp import MLPOptions
 
-# The values with which these keys of config.json change nothing.
-NEUTRAL = dict(
-    attention_bias=(False, None), mlp_bias=(False, None), hidden_act=('silu', 'swish'),
-    sliding_window=(None,), quantization_config=(None,), partial_rotary_factor=(1, None),
-    compression_config=(None,))
+DEFAULTS = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32, hidden_act='silu', max_position_embeddings=2048, rms_norm_eps=1e-6,
+    tie_word_embeddings=False)
 
 
 def from_hf(hf):
   """The config of config.json; absent keys mean what they mean to transformers."""
-  require(hf, NEUTRAL)
-  hf = dict(rms_norm_eps=1e-6, tie_word_embeddings=False) | hf
+  require(hf, dict(sliding_window=(None,)))
+  return shared(DEFAULTS | hf)
+
+
+def shared(hf, **rotary):
+  """The config of the keys that families like this have in common; `rotary` is for `ropes`."""
+  heads, bias = head_shape(hf), bool(hf.get('attention_bias'))
+  rotary = ropes(hf, heads['head_width'], **rotary)
   return DecoderConfig(
-      **head_shape(hf), vocabulary=positive(hf, 'vocab_size'),
-      layers=positive(hf, 'num_hidden_layers'), hidden=positive(hf, 'intermediate_size'),
-      context=positive(hf, 'max_position_embeddings'),
-      attention=AttentionOptions(ropes=(Rope(theta=rope_theta(hf)),)),
+      **heads, vocabulary=positive(hf, 'vocab_size'), layers=positive(hf, 'num_hidden_layers'),
+      hidden=positive(hf, 'intermediate_size'), context=context(hf, rotary),
+      attention=AttentionOptions(ropes=rotary, bias=bias, out_bias=bias),
+      mlp=MLPOptions(activation=chosen(hf, 'hidden_act', ACTIVATIONS),
+                     bias=bool(hf.get('mlp_bias'))),
       epsilon=positive(hf, 'rms_norm_eps', float), tied=bool(hf['tie_word_embeddings']))
 
 
 def to_hf(c):
-  """config.json of a config, in the spelling that transformers 4 and 5 both read."""
+  """config.json of a config."""
+  return shared_hf(c, 'llama', 'LlamaForCausalLM') | dict(
+      attention_bias=c.attention.bias, mlp_bias=c.mlp.bias)
+
+
+def shared_hf(c, model_type, architecture):
+  """The inverse of `shared`, but for biases."""
   return dict(
-      architectures=['LlamaForCausalLM'], model_type='llama', vocab_size=c.vocabulary,
+      architectures=[architecture], model_type=model_type, vocab_size=c.vocabulary,
       hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
       num_key_value_heads=c.groups, head_dim=c.head_width, intermediate_size=c.hidden,
-      max_position_embeddings=c.context, rope_theta=c.attention.ropes[0].theta,
-      rms_norm_eps=c.epsilon, tie_word_embeddings=c.tied, hidden_act='silu', attention_bias=False,
-      mlp_bias=False)
+      rms_norm_eps=c.epsilon, tie_word_embeddings=c.tied,
+      hidden_act=activation_name(c.mlp.activation), **rope_hf(c.attention.ropes, c.context))
 
 
 def names(c):
