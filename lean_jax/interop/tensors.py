@@ -18,7 +18,7 @@ import numpy as np
 
 from lean_jax.errors import InputError
 
-BLOCK = 1 << 21               # bytes read at once: a processor's cache holds them
+BLOCK = 1 << 19               # elements read at once: a processor's cache holds them
 RUN = 1 << 16                 # bytes; what lies between shorter runs is read too
 
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
@@ -58,7 +58,7 @@ class Tensor:
     return self._read(whole(self.shape))
 
   def blocks(self, box=None):
-    """The parts of about `BLOCK` bytes that make up a box.
+    """The parts of at most `BLOCK` elements that make up a box.
 
     Args:
       box: ((start, stop), ...), one pair an axis; None is all.
@@ -121,7 +121,7 @@ def within(box, outer):
   return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(box, outer))
 
 
-def halves(box, most=BLOCK // 2):
+def halves(box, most=BLOCK):
   """Boxes of at most `most` elements that make up a box, in their order in memory."""
   if math.prod(b - a for a, b in box) <= most:
     yield box
