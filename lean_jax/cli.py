@@ -40,7 +40,8 @@ def _parser():
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     p.set_defaults(run=run)
     if folder:
-      p.add_argument('folder', metavar='DIR', help='a Hugging Face or lean_jax model folder')
+      p.add_argument('folder', metavar='DIR', help='a Hugging Face or lean_jax model folder, or '
+                     'ORGANIZATION/NAME of the hub')
     return p
 
   p = verb('demo', _demo, 'make a small model lean, end to end, on this machine',
