@@ -204,14 +204,13 @@ def test_old_and_new_spellings_and_defaults(tiny_folder):
 @pytest.mark.parametrize(('change', 'words'), [
     (dict(model_type='gpt9'), ["'gpt9'", 'reads: ', 'llama']),
     (dict(model_type=None), ['None', 'reads: ', 'llama']),
-    (dict(rope_scaling=dict(type='linear', factor=2.)), ['rope_scaling', 'linear']),
-    (dict(rope_parameters=dict(rope_type='llama3', factor=8.)), ['rope_parameters', 'llama3']),
+    (dict(rope_scaling=dict(type='spiral', factor=2.)), ['rope_scaling', 'spiral']),
+    (dict(rope_parameters=dict(rope_type='llama3', factor=8.)), ['low_freq_factor = None']),
     (dict(rope_parameters=dict(full_attention=dict(rope_type='default'))), ['rope_parameters']),
     (dict(rope_parameters=dict(partial_rotary_factor=.5)), ['partial_rotary_factor']),
     (dict(rope_parameters=7), ['rope_parameters = 7']),
     (dict(partial_rotary_factor=.5), ['partial_rotary_factor = 0.5']),
-    (dict(attention_bias=True, mlp_bias=True), ['attention_bias = True', 'mlp_bias = True']),
-    (dict(hidden_act='gelu'), ["hidden_act = 'gelu'"]),
+    (dict(hidden_act='mish'), ["hidden_act = 'mish'"]),
     (dict(sliding_window=128), ['sliding_window = 128']),
     (dict(quantization_config=dict(bits=4)), ['quantization_config']),
     (dict(hidden_size=None), ['hidden_size = None', 'positive int']),
@@ -249,6 +248,7 @@ def test_tensors_that_do_not_fit_the_config_are_listed(tiny_folder, edit, words)
     (dict(num_hidden_layers=3), ['missing model.layers.2.', 'more']),
     (dict(num_hidden_layers=1), ['unknown model.layers.1.', 'more']),
     (dict(tie_word_embeddings=True), ['lm_head.weight that differs']),
+    (dict(attention_bias=True), ['missing model.layers.0.self_attn.k_proj.bias', 'more']),
 ])
 def test_tensors_of_another_config_are_refused(tiny_folder, change, words):
   folder, _ = tiny_folder()

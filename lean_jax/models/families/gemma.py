@@ -15,7 +15,7 @@ def from_hf(hf):
   """The config of config.json; absent keys mean what they mean to transformers."""
   hf = DEFAULTS | hf
   # 'gelu' was written for what is computed with tanh.
-  hf = {**hf, 'hidden_act': TANH if hf['hidden_act'] == 'gelu' else hf['hidden_act']}
+  hf = hf | dict(hidden_act=TANH if hf['hidden_act'] == 'gelu' else hf['hidden_act'])
   require(hf, dict(hidden_activation=(hf['hidden_act'], None)))
   return shared(hf)
 

@@ -21,7 +21,7 @@ def from_hf(hf):
 
 def shared(hf, **rotary):
   """Gemma's config with soft caps and norms around each branch."""
-  c = gemma.shared({**hf, 'hidden_act': hf['hidden_activation']}, **rotary)
+  c = gemma.shared(hf | dict(hidden_act=hf['hidden_activation']), **rotary)
   attention = dataclasses.replace(
       c.attention, scale=positive(hf, 'query_pre_attn_scalar', float) ** -.5,
       softcap=given(hf, 'attn_logit_softcapping', None, float))

@@ -20,7 +20,7 @@ def from_hf(hf):
   for key in ('rope_scaling', 'rope_parameters'):
     if isinstance(hf.get(key), dict):
       types = {k: 'longrope' for k in ('type', 'rope_type') if hf[key].get(k) in RENAMED}
-      hf = {**hf, key: hf[key] | types}
+      hf = hf | {key: hf[key] | types}
   return dataclasses.replace(llama.shared(hf, partial=True), kinds=same_layers(hf))
 
 

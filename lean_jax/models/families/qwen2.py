@@ -22,7 +22,7 @@ def from_hf(hf):
 def shared(hf):
   """Llama's config with Qwen's windows: of the layers above the first max_window_layers."""
   if not hf['use_sliding_window']:
-    hf = {**hf, 'sliding_window': None}
+    hf = hf | dict(sliding_window=None)
   near = hf['sliding_window'] is not None
   kinds = layers_of(hf, lambda k: near and k >= hf['max_window_layers'])
   return dataclasses.replace(llama.shared(hf), kinds=kinds)
