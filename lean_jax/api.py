@@ -83,15 +83,18 @@ class Model:
                top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> str:
     """The prompt and what follows it, greedy at temperature 0; stops early at the end token.
 
+    An encoder and a decoder read the prompt and write another text, which alone is given.
+
     Raises:
       InputError: nothing to start from, more tokens than the context, or settings out of range.
     """
-    head = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
-    ids = np.concatenate([np.array(head, np.int32), self.tokenizer.encode(prompt)])
+    reads = 'decoder_tokens' in self.module.inputs
+    head = [] if self.tokenizer.bos is None or reads else [self.tokenizer.bos]
+    ids = np.concatenate([np.array(head, np.int32), self.tokenizer.encode(prompt, special=reads)])
     new = generate_ids(self.module, self.params, ids, tokens=tokens, temperature=temperature,
                        top_k=top_k, top_p=top_p, eos=self.tokenizer.eos,
                        key=jax.random.key(seed))
-    return self.tokenizer.decode(np.concatenate([ids, new]))
+    return self.tokenizer.decode(new if reads else np.concatenate([ids, new]))
 
 
 def load(folder, *, dtype: str | None = None, scan_layers: bool | None = None,

@@ -43,14 +43,18 @@ class Tokenizer:
     rules = json.dumps([self.backend.to_str(), self.bos, self.eos])
     return hashlib.blake2b(rules.encode(), digest_size=16).hexdigest()
 
-  def encode(self, text) -> np.ndarray:
-    """The int32 ids of a text, [T]; no special token is added, and one in the text is its id."""
-    return self.encode_batch([text])[0]
+  def encode(self, text, *, special=False) -> np.ndarray:
+    """The int32 ids of a text, [T]; a special token in the text is its id.
 
-  def encode_batch(self, texts) -> list[np.ndarray]:
+    Args:
+      special: whether the tokens are added that the tokenizer puts around a text.
+    """
+    return self.encode_batch([text], special=special)[0]
+
+  def encode_batch(self, texts, *, special=False) -> list[np.ndarray]:
     """The int32 ids of each text, on all cores."""
     try:
-      found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+      found = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
     except (TypeError, UnicodeEncodeError) as error:
       raise InputError('a text to encode is not a string of whole Unicode characters; give str '
                        'without surrogates') from error

@@ -1,4 +1,4 @@
-"""What a model writes after a prompt."""
+"""What a model writes after a prompt, or of a source."""
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,12 +8,14 @@ from lean_jax.generation.loop import bucket, decode, prefill
 
 def generate(module, params, prompt_ids, *, tokens, temperature=0., top_k=None, top_p=None,
              eos=None, key=None):
-  """The ids that follow a prompt.
+  """The ids that follow a prompt; of an encoder and a decoder, the target of a source.
 
   Args:
-    module: a decoder: `hidden`, `logits` and a config with a context and a vocabulary.
+    module: a decoder: `hidden`, `logits` and a config with a context and a vocabulary; or an
+      encoder and a decoder, which has `encode` too.
     params: its parameters, of any kinds of weights.
-    prompt_ids: [T], or [B T] for prompts of one length; BOS included where the model wants it.
+    prompt_ids: [T], or [B T] for prompts of one length; BOS included where the model wants it. Of
+      an encoder and a decoder the source, with the tokens that end it.
     tokens: how many at most, 1 or more.
     temperature: 0 takes the most probable token; above, samples.
     top_k, top_p: keep the most probable tokens, see `sampling.sample`; of no effect at
@@ -22,27 +24,57 @@ def generate(module, params, prompt_ids, *, tokens, temperature=0., top_k=None, 
     key: a jax PRNG key; needed above temperature 0.
 
   Returns:
-    [n] or [B n], int32, n <= tokens, without the prompt. A text ends with its end token; in a
-    batch the rows that end early are filled up with it.
+    [n] or [B n], int32, n <= tokens, without the prompt, or without the target's start token. A
+    text ends with its end token; in a batch the rows that end early are filled up with it.
 
   Raises:
     InputError: an argument that is out of its range, or more tokens than the context has.
   """
   config = module.config
   prompt = checked_prompt(prompt_ids, config.vocabulary)
-  B, T = prompt.shape
-  check(T, tokens, config.context, temperature, top_k, top_p, key)
+  source, target, skip = begun(module, prompt)
+  B, T = target.shape
+  end = skip + tokens
+  check(skip, tokens, config.context, temperature, top_k, top_p, key)
   ends = np.asarray([] if eos is None else eos, np.int32).reshape(-1)
-  ids = np.zeros((B, bucket(T + tokens, config.context)), np.int32)
-  ids[:, :T] = prompt
+  ids = np.zeros((B, bucket(end, config.context)), np.int32)
+  ids[:, :T], at = target, T
   greedy = temperature == 0
   how = (None, None, None) if greedy else (key, temperature, top_p)
   top_k = None if greedy else top_k
-  ids, cache = prefill(module, params, jnp.asarray(ids), T, *how, top_k=top_k,
-                       padded=bucket(T, config.context))
-  ids, at, _ = decode(module, params, ids, cache, T + 1, T + tokens, *how, ends, top_k=top_k)
-  out = np.asarray(ids)[:, T:int(at)]
+  if end > T:
+    padded = bucket(T, config.context) if source is None else T
+    read = {} if source is None else dict(source=source, source_length=prompt.shape[1])
+    ids, cache = prefill(module, params, jnp.asarray(ids), T, *how, top_k=top_k, padded=padded,
+                         **read)
+    ids, at, _ = decode(module, params, ids, cache, T + 1, end, *how, ends, top_k=top_k)
+  out = np.array(ids)[:, skip:int(at)]
+  if source is not None and config.last is not None and out.shape[1] == tokens:
+    ended = np.isin(out[:, :-1], ends).any(axis=1)
+    out[:, -1] = np.where(ended, out[:, -1], config.last)
   return out if np.ndim(prompt_ids) == 2 else out[0]
+
+
+def begun(module, prompt):
+  """What the model reads before it writes.
+
+  Returns:
+    source [B R], filled up to a length for which there is one program, or None; the beginning of
+    what it writes, [B T]; how many of these tokens are no part of the result.
+
+  Raises:
+    InputError: a source longer than the encoder reads.
+  """
+  if 'decoder_tokens' not in module.inputs:
+    return None, prompt, prompt.shape[1]
+  c, (B, length) = module.config, prompt.shape
+  if length > c.encoder.context:
+    raise InputError(f'a source of {length} tokens, the model reads {c.encoder.context} at most; '
+                     'shorten it')
+  source = np.zeros((B, bucket(length, c.encoder.context)), np.int32)
+  source[:, :length] = prompt
+  start = [c.start] if c.first is None else [c.start, c.first]
+  return jnp.asarray(source), np.tile(np.array(start, np.int32), (B, 1)), 1
 
 
 def checked_prompt(prompt_ids, vocabulary):

@@ -23,25 +23,29 @@ def bucket(length, context):
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'padded', 'top_k'))
-def prefill(module, params, ids, length, key, temperature, top_p, *, padded, top_k):
+def prefill(module, params, ids, length, key, temperature, top_p, *, padded, top_k, source=None,
+            source_length=None):
   """Runs the prompts and puts the first token after them.
 
   Args:
-    module: a decoder.
+    module: a decoder, or an encoder and a decoder.
     params: its parameters.
     ids: [B S], of which [:, :length] are prompts.
     length: 1 to padded.
     key, temperature, top_p, top_k: as `sample` takes them.
     padded: how much of ids is run.
+    source: [B R], of which [:, :source_length] are what the encoder reads; None without one.
 
   Returns:
     ids with a token at [:, length], and the cache of S tokens.
   """
   B, S = ids.shape
-  cache = empty_cache(module.config, B, S)
-  real = jnp.broadcast_to(jnp.arange(padded)[None] < length, (B, padded))
-  logits, cache = module.apply({'params': params}, ids[:, :padded], cache, 0, length - 1, real,
-                               method=logits_at)
+  real = lambda n, of: jnp.broadcast_to(jnp.arange(n)[None] < of, (B, n))
+  R = 0 if source is None else source.shape[1]
+  cache = empty_cache(module.config, B, S, R)
+  read = () if source is None else (source, real(R, source_length))
+  logits, cache = module.apply({'params': params}, ids[:, :padded], cache, 0, length - 1,
+                               real(padded, length), *read, method=logits_at)
   token = sample(logits, fold(key, length), temperature, top_p, top_k)
   return put(ids, token, length), cache
 
@@ -84,9 +88,10 @@ def decode(module, params, ids, cache, at, end, key, temperature, top_p, eos, *,
   return ids, at, cache
 
 
-def logits_at(module, tokens, cache, offset, row, mask=None):
+def logits_at(module, tokens, cache, offset, row, mask=None, source=None, source_mask=None):
   """Logits [B V] after `tokens[:, row]`, and the cache: no other position pays for the head."""
-  x, cache = module.hidden(tokens, cache, offset, mask)
+  read = () if source is None else (module.encode(source, source_mask), source_mask)
+  x, cache = module.hidden(tokens, cache, offset, mask, *read)
   return module.logits(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1))[:, 0], cache
 
 

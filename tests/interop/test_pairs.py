@@ -144,6 +144,15 @@ def test_a_saved_model_is_the_same_model(written, family, tmp_path):
                                 model.logits(SOURCE, decoder_tokens=TARGET))
 
 
+def test_a_model_writes_the_text_of_a_source_and_not_the_source(written):
+  model, folder = written('t5')
+  words(folder)
+  ids = model.generate(torch.tensor([[5, 9, 14, 1]]), max_new_tokens=6, do_sample=False)[0].tolist()
+  ends = ids.index(1) if 1 in ids else None
+  wanted = ' '.join(str(k) for k in ids[1:ends] if k > 2)
+  assert lean.load(folder).generate('5 9 14', tokens=6) == wanted != ''
+
+
 def test_a_sentencepiece_tokenizer_is_read_once_it_is_converted(real_data, tmp_path):
   pytest.importorskip('sentencepiece')
   (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='t5')))
