@@ -1,27 +1,12 @@
 """DeepSeek-V3 (arXiv:2412.19437): latent attention, shared experts, a router balanced by a bias."""
+import dataclasses
+
 from lean_jax.errors import InputError
-from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.families import llama, mixtral
-from lean_jax.models.families.base import (
-  ACTIVATIONS,
-  Family,
-  Stored,
-  activation_name,
-  chosen,
-  given,
-  linear,
-  parts,
-  positive,
-  require,
-  rope_theta,
-)
+from lean_jax.models.families.base import Family, Stored, given, linear, parts, positive, require
 from lean_jax.models.stack import Layer
-from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.latent import LatentOptions
-from lean_jax.nn.mlp import MLPOptions
-from lean_jax.nn.moe import MoEOptions
-from lean_jax.nn.rope import Rope
-from lean_jax.nn.router import RouterOptions
+from lean_jax.nn.rope_scaling import Yarn, yarn_scale
 
 DEFAULTS = dict(
     vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
@@ -34,68 +19,68 @@ DEFAULTS = dict(
 
 def from_hf(hf):
   """The config of config.json; absent keys mean what they mean to transformers."""
+  heads = hf.get('num_attention_heads', DEFAULTS['num_attention_heads'])
   # The last three are read by DeepSeek's own code alone.
-  require(hf, dict(num_key_value_heads=(None, hf.get('num_attention_heads', 128)),
+  require(hf, dict(num_key_value_heads=(None, heads), mlp_bias=(False, None),
                    scoring_func=('sigmoid',), topk_method=('noaux_tc',), moe_layer_freq=(1,)))
   hf = DEFAULTS | hf
-  layers, heads = positive(hf, 'num_hidden_layers'), positive(hf, 'num_attention_heads')
-  activation, dense = chosen(hf, 'hidden_act', ACTIVATIONS), hf['first_k_dense_replace'] or 0
-  rope = Rope(theta=rope_theta(hf), interleaved=bool(hf['rope_interleave']))
-  return DecoderConfig(
-      width=positive(hf, 'hidden_size'), heads=heads, groups=heads,
-      head_width=positive(hf, 'qk_rope_head_dim'), vocabulary=positive(hf, 'vocab_size'),
-      layers=layers, hidden=positive(hf, 'intermediate_size'),
-      context=positive(hf, 'max_position_embeddings'),
-      kinds=tuple(Layer('latent', 'mlp' if k < dense else 'moe') for k in range(layers)),
-      attention=AttentionOptions(ropes=(rope,)), latent=latent(hf),
-      mlp=MLPOptions(activation=activation), moe=experts(hf, activation),
-      epsilon=positive(hf, 'rms_norm_eps', float), tied=bool(hf['tie_word_embeddings']))
+  # To transformers a head is what positions turn of it.
+  c = llama.shared({**hf, 'num_key_value_heads': heads, 'head_dim': hf['qk_rope_head_dim']},
+                   interleaved=bool(hf['rope_interleave']))
+  dense = hf['first_k_dense_replace'] or 0
+  if not isinstance(dense, int) or not 0 <= dense < c.layers:
+    raise InputError(f'config.json has first_k_dense_replace = {dense!r}, expected a number of '
+                     f'layers below {c.layers}, so that one has experts')
+  return dataclasses.replace(
+      c, latent=latent(hf, c.attention.ropes[0]), moe=experts(hf),
+      kinds=tuple(Layer('latent', 'mlp' if k < dense else 'moe') for k in range(c.layers)))
 
 
-def latent(hf):
-  """The options of latent attention in config.json."""
+def latent(hf, rope):
+  """The options of latent attention in config.json. YaRN scales the scores here."""
+  plain, turned = positive(hf, 'qk_nope_head_dim'), positive(hf, 'qk_rope_head_dim')
+  scale = None
+  if isinstance(rope.scaling, Yarn) and rope.scaling.mscale_all:
+    grown = yarn_scale(rope.scaling.factor, rope.scaling.mscale_all)
+    scale = (plain + turned) ** -.5 * grown * grown
   return LatentOptions(
       query_rank=given(hf, 'q_lora_rank', None), rank=positive(hf, 'kv_lora_rank'),
-      plain_width=positive(hf, 'qk_nope_head_dim'), rope_width=positive(hf, 'qk_rope_head_dim'),
-      value_width=positive(hf, 'v_head_dim'), bias=bool(hf['attention_bias']))
+      plain_width=plain, rope_width=turned, value_width=positive(hf, 'v_head_dim'), scale=scale,
+      bias=bool(hf['attention_bias']))
 
 
-def experts(hf, activation):
+def experts(hf):
   """The options of the experts in config.json.
 
   Raises:
     InputError: its groups of experts do not go together.
   """
-  count, hidden = positive(hf, 'n_routed_experts'), positive(hf, 'moe_intermediate_size')
-  groups, best, k = given(hf, 'n_group', 1), given(hf, 'topk_group', 1), mixtral.top_k(hf, count)
-  if count % groups or count < 2 * groups or not best <= groups or k > best * (count // groups):
-    raise InputError(f'config.json has {count} experts in n_group = {groups} groups, of which a '
-                     f'token uses {k} from topk_group = {best}; groups are alike and of at least '
-                     'two experts')
-  return MoEOptions(
-      experts=count, hidden=hidden, activation=activation,
-      shared_hidden=hidden * positive(hf, 'n_shared_experts'),
-      router=RouterOptions(
-          top_k=k, scores='sigmoid', correction=True, normalise=bool(hf['norm_topk_prob']),
-          scale=positive(hf, 'routed_scaling_factor', float), groups=groups, top_groups=best))
+  groups, best = given(hf, 'n_group', 1), given(hf, 'topk_group', 1)
+  moe = mixtral.experts(
+      {**hf, 'output_router_logits': False}, 'n_routed_experts', 'moe_intermediate_size',
+      scores='sigmoid', correction=True, normalise=bool(hf['norm_topk_prob']),
+      scale=positive(hf, 'routed_scaling_factor', float), groups=groups, top_groups=best)
+  each, odd = divmod(moe.experts, groups)
+  if odd or each < 2 or best > groups or moe.router.top_k > best * each:
+    raise InputError(f'config.json has {moe.experts} experts in n_group = {groups} groups, of '
+                     f'which a token uses {moe.router.top_k} from topk_group = {best}; groups are '
+                     'alike and of at least two experts')
+  return dataclasses.replace(moe, shared_hidden=moe.hidden * positive(hf, 'n_shared_experts'))
 
 
 def to_hf(c):
   """config.json of a config."""
   o, r = c.latent, c.moe.router
-  return dict(
-      architectures=['DeepseekV3ForCausalLM'], model_type='deepseek_v3', vocab_size=c.vocabulary,
-      hidden_size=c.width, intermediate_size=c.hidden, moe_intermediate_size=c.moe.hidden,
-      num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.heads,
-      n_shared_experts=c.moe.shared_hidden // c.moe.hidden, n_routed_experts=c.moe.experts,
-      routed_scaling_factor=r.scale, kv_lora_rank=o.rank, q_lora_rank=o.query_rank,
-      qk_rope_head_dim=o.rope_width, v_head_dim=o.value_width, qk_nope_head_dim=o.plain_width,
-      n_group=r.groups, topk_group=r.top_groups, num_experts_per_tok=r.top_k,
+  theirs = llama.shared_hf(c, 'deepseek_v3', 'DeepseekV3ForCausalLM')
+  theirs.pop('head_dim')
+  return theirs | dict(
+      moe_intermediate_size=c.moe.hidden, n_shared_experts=c.moe.shared_hidden // c.moe.hidden,
+      n_routed_experts=c.moe.experts, routed_scaling_factor=r.scale, kv_lora_rank=o.rank,
+      q_lora_rank=o.query_rank, qk_rope_head_dim=o.rope_width, v_head_dim=o.value_width,
+      qk_nope_head_dim=o.plain_width, n_group=r.groups, topk_group=r.top_groups,
+      num_experts_per_tok=r.top_k, norm_topk_prob=r.normalise, attention_bias=o.bias,
       first_k_dense_replace=sum(layer.feed_forward == 'mlp' for layer in c.each),
-      norm_topk_prob=r.normalise, hidden_act=activation_name(c.moe.activation),
-      max_position_embeddings=c.context, rms_norm_eps=c.epsilon, tie_word_embeddings=c.tied,
-      rope_theta=c.attention.ropes[0].theta, rope_interleave=c.attention.ropes[0].interleaved,
-      attention_bias=o.bias)
+      rope_interleave=c.attention.ropes[0].interleaved)
 
 
 def names(c):

@@ -3,51 +3,47 @@ import dataclasses
 
 from lean_jax.errors import InputError
 from lean_jax.models.families import llama, mixtral
-from lean_jax.models.families.base import Family, given, linear, positive, require
-from lean_jax.models.stack import Layer
-from lean_jax.nn.mlp import MLPOptions
+from lean_jax.models.families.base import Family, linear, positive, require
+from lean_jax.models.families.layer_types import same_layers, window
 
 DEFAULTS = dict(
     vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=24,
     num_attention_heads=32, num_key_value_heads=4, hidden_act='silu', max_position_embeddings=32768,
-    rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=False, use_sliding_window=False,
-    sliding_window=4096, decoder_sparse_step=1, moe_intermediate_size=768, num_experts_per_tok=8,
-    num_experts=128, norm_topk_prob=False, mlp_only_layers=None, rope_theta=10_000.)
+    rms_norm_eps=1e-6, tie_word_embeddings=False, use_sliding_window=False, sliding_window=4096,
+    decoder_sparse_step=1, mlp_only_layers=None, moe_intermediate_size=768, num_experts_per_tok=8,
+    num_experts=128, norm_topk_prob=False)
 
 
 def from_hf(hf):
   """The config of config.json; absent keys mean what they mean to transformers."""
-  require(hf, {})
+  require(hf, dict(mlp_bias=(False, None)))
   hf = DEFAULTS | hf
-  # transformers 5 writes num_local_experts
-  hf['num_local_experts'] = hf.get('num_local_experts', hf['num_experts'])
-  window = given(hf, 'sliding_window', None) if hf['use_sliding_window'] else None
-  c = mixtral.from_hf({k: v for k, v in hf.items() if k != 'attention_bias'})
-  bias, step = bool(hf['attention_bias']), positive(hf, 'decoder_sparse_step')
-  dense = hf['mlp_only_layers'] or []
-  kinds = tuple(Layer(feed_forward='mlp' if k in dense or (k + 1) % step else 'moe', window=window)
-                for k in range(c.layers))
+  if not hf['use_sliding_window']:
+    hf['sliding_window'] = None
+  c, replace = llama.shared(hf), dataclasses.replace
+  step, dense = positive(hf, 'decoder_sparse_step'), hf['mlp_only_layers'] or []
+  if not isinstance(dense, list) or not set(map(type, dense)) <= {int}:
+    raise InputError(f'config.json has mlp_only_layers = {dense!r}, expected numbers of layers; '
+                     'download it again')
+  kinds = tuple(replace(layer, feed_forward='mlp' if k in dense or (k + 1) % step else 'moe')
+                for k, layer in enumerate(same_layers(hf)))
   if not any(layer.feed_forward == 'moe' for layer in kinds):
-    raise InputError('config.json has no layer of experts (mlp_only_layers, decoder_sparse_step); '
-                     'give it as model_type qwen3')
-  replace = dataclasses.replace
+    raise InputError(f'config.json has no layer of experts, with mlp_only_layers = {dense} '
+                     f'and decoder_sparse_step = {step}; give it as model_type qwen3')
+  # transformers 5 writes num_local_experts.
+  count = 'num_local_experts' if 'num_local_experts' in hf else 'num_experts'
   return replace(
-      c, kinds=kinds, hidden=positive(hf, 'intermediate_size'),
-      attention=replace(c.attention, norm='head', bias=bias, out_bias=bias),
-      mlp=MLPOptions(activation=c.moe.activation),
-      moe=replace(c.moe, hidden=positive(hf, 'moe_intermediate_size'),
-                  router=replace(c.moe.router, normalise=bool(hf['norm_topk_prob']))))
+      c, kinds=kinds, attention=replace(c.attention, norm='head'),
+      moe=mixtral.experts(hf, count, 'moe_intermediate_size', normalise=bool(hf['norm_topk_prob'])))
 
 
 def to_hf(c):
   """config.json of a config."""
-  window = mixtral.window(c)
-  return llama.to_hf(c) | mixtral.common(c) | dict(
-      architectures=['Qwen3MoeForCausalLM'], model_type='qwen3_moe',
-      attention_bias=c.attention.bias,
-      use_sliding_window=window is not None, sliding_window=window, decoder_sparse_step=1,
+  near = window(c)
+  return llama.shared_hf(c, 'qwen3_moe', 'Qwen3MoeForCausalLM') | mixtral.router_hf(c) | dict(
+      attention_bias=c.attention.bias, use_sliding_window=near is not None, sliding_window=near,
       mlp_only_layers=[k for k, layer in enumerate(c.each) if layer.feed_forward == 'mlp'],
-      moe_intermediate_size=c.moe.hidden, num_experts=c.moe.experts,
+      decoder_sparse_step=1, moe_intermediate_size=c.moe.hidden, num_experts=c.moe.experts,
       norm_topk_prob=c.moe.router.normalise)
 
 
