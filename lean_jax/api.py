@@ -30,7 +30,7 @@ from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
 
-MATRICES = 'layers/.*'            # the weights that the methods below take by default
+MATRICES = '(.*/)?layers/.*'      # the weights that the methods below take by default
 FORMATS = ('lean', 'hf')
 
 

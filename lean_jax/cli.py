@@ -74,7 +74,8 @@ def _parser():
            'lean-jax quantize DIR OUT --scheme w4a16-g64')
   p.add_argument('out', metavar='OUT', help='a new folder')
   p.add_argument('--scheme', required=True, help='w8a8, w8a16, w4a16-g64, w2a16-g64, ...')
-  p.add_argument('--where', default='layers/.*', help='regular expression on names (%(default)s)')
+  p.add_argument('--where', default='(.*/)?layers/.*',
+                 help='regular expression on names (%(default)s)')
   p.add_argument('--json', action='store_true')
   return parser
 
