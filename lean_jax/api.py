@@ -234,6 +234,7 @@ def distill(teacher: Model, data, *, student: Model | None = None, keep: int | N
     temperature, soft_weight: of `soft_labels.distillation`.
     settings: of `train`.
   """
+  _check_reads_text(teacher)
   if student is None:
     indices = alternating(teacher.config.layers, keep or teacher.config.layers // 2)
     config, params = take_layers(teacher.config, teacher.params, indices)
@@ -273,8 +274,15 @@ def _apply(model, step, seed=0):
   return dataclasses.replace(model, params=params)
 
 
+def _check_reads_text(model):
+  if 'decoder_tokens' in model.module.inputs:
+    raise InputError(f'a {model.family.model_type} writes a target of a source, and text has no '
+                     'targets; give training.recipe.train batches of tokens and decoder_tokens')
+
+
 @contextlib.contextmanager
 def _windows(data, split, model, window, field):
+  _check_reads_text(model)
   if isinstance(data, Windows):
     yield data
     return

@@ -174,6 +174,16 @@ def test_a_target_is_asked_for_and_taken_only_where_it_means_something(written, 
     tiny_model.logits(SOURCE, decoder_tokens=TARGET)
 
 
+def test_text_without_targets_is_refused(written):
+  _, folder = written('bart')
+  words(folder)
+  model = lean.load(folder)
+  for call in (lambda: lean.train(model, 'text.txt', steps=1), lambda: lean.distill(
+      model, 'text.txt', steps=1), lambda: lean.evaluate(model, 'text.txt')):
+    with pytest.raises(InputError, match='a bart writes a target of a source'):
+      call()
+
+
 def test_padding_of_a_source_is_not_seen(written):
   model, folder = written('t5')
   words(folder)
