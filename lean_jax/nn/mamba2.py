@@ -20,6 +20,8 @@ from lean_jax.nn.linear import Linear
 from lean_jax.nn.mlp import ACTIVATIONS
 from lean_jax.nn.recurrence import ShortConv, over_chunks, packed, time_step_bias
 
+LONGEST = 64                  # tokens: the cost of a token grows with the chunk, a state's does not
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Options:
@@ -35,7 +37,8 @@ class Mamba2Options:
     conv_bias: whether the convolution has them.
     activation: after the convolution, a name of `mlp.ACTIVATIONS`.
     limits: the least and the greatest time step.
-    chunk: tokens that are computed as attention; no part of the mathematics.
+    chunk: tokens that are computed as attention, of which more than `LONGEST` are cut; no part of
+      the mathematics.
   """
   heads: int
   head_width: int
@@ -89,7 +92,7 @@ class Mamba2(nn.Module):
     log = lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=1., maxval=16.))
     a = -jnp.exp(number('A_log', log))
     h = (jnp.zeros((B, o.heads, o.head_width, o.state)) if slot is None else slot.get('state'))
-    y, h = ssd(u, dt, a, write, read, h, o.chunk)
+    y, h = ssd(u, dt, a, write, read, h, min(o.chunk, LONGEST))
     y = y + u * number('D', nn.initializers.ones).reshape(1, 1, -1, 1)
     y = GatedNorm(o.groups, c.epsilon, name='norm')(y.reshape(B, T, o.inner), z)
     y = nn.with_logical_constraint(y.astype(c.dtype), ('batch', 'length', 'mlp'))
@@ -166,11 +169,20 @@ def _chunk(h, xs):
 def decays(log):
   """exp(log[s + 1] + ... + log[t]) for t >= s, else 0: [... T S] of [... T].
 
-  Each sum is made by itself: differences of sums from the chunk's start lose their last digits
-  where those sums are large.
+  Such a sum is a difference of sums from the chunk's start, which would lose its last digits where
+  those are large; so what they are rounded by is kept too.
   """
   T = log.shape[-1]
+  sums, rest = jax.lax.associative_scan(_add, (log, jnp.zeros_like(log)), axis=-1)
+  rest = jax.lax.stop_gradient(rest)                                         # it is zero
+  between = lambda x: x[..., :, None] - x[..., None, :]
   within = jnp.tril(jnp.ones((T, T), bool)).reshape((1,) * (log.ndim - 1) + (T, T))
-  after = jnp.tril(jnp.ones((T, T), bool), -1).reshape(within.shape)
-  sums = jnp.cumsum(jnp.where(after, log[..., :, None], 0), axis=-2)
-  return jnp.where(within, jnp.exp(sums), 0)
+  return jnp.exp(jnp.where(within, between(sums) + between(rest), -jnp.inf))
+
+
+def _add(first, second):
+  """The sum of two numbers and what it was rounded by (Knuth's two-sum), of pairs of such."""
+  (a, more), (b, yet_more) = first, second
+  total = a + b
+  part = total - a
+  return total, more + yet_more + ((a - (total - part)) + (b - part))
