@@ -42,17 +42,36 @@ def generate(module, params, prompt_ids, *, tokens, temperature=0., top_k=None, 
   greedy = temperature == 0
   how = (None, None, None) if greedy else (key, temperature, top_p)
   top_k = None if greedy else top_k
-  if end > T:
-    padded = bucket(T, config.context) if source is None else T
-    read = {} if source is None else dict(source=source, source_length=prompt.shape[1])
-    ids, cache = prefill(module, params, jnp.asarray(ids), T, *how, top_k=top_k, padded=padded,
+  read = {} if source is None else dict(source=source, source_length=prompt.shape[1])
+  for stop in stops(config, T, end):
+    padded = bucket(at, config.context) if source is None else at
+    new, cache = prefill(module, params, jnp.asarray(ids), at, *how, top_k=top_k, padded=padded,
                          **read)
-    ids, at, _ = decode(module, params, ids, cache, T + 1, end, *how, ends, top_k=top_k)
-  out = np.array(ids)[:, skip:int(at)]
+    new = ended_stay(new, at, ends) if at > T else new
+    new, at, _ = decode(module, params, new, cache, at + 1, stop, *how, ends, top_k=top_k)
+    ids, at = np.array(new), int(at)
+    if at < stop or np.isin(ids[:, at - 1], ends).all():
+      break
+  out = ids[:, skip:at]
   if source is not None and config.last is not None and out.shape[1] == tokens:
     ended = np.isin(out[:, :-1], ends).any(axis=1)
     out[:, -1] = np.where(ended, out[:, -1], config.last)
   return out if np.ndim(prompt_ids) == 2 else out[0]
+
+
+def stops(config, start, end):
+  """Where the cache is made anew for the tokens after, and the end; () if there is nothing to do.
+
+  It is once a sequence is longer than one of `StackConfig.renewals`.
+  """
+  return [*(n + 1 for n in config.decoding.renewals if start <= n < end - 1),
+          *([end] if end > start else ())]
+
+
+def ended_stay(ids, at, ends):
+  """Ids where rows that ended before `at` have their end token there too."""
+  last = ids[:, at - 1]
+  return ids.at[:, at].set(jnp.where(jnp.isin(last, ends), last, ids[:, at]))
 
 
 def begun(module, prompt):

@@ -21,6 +21,7 @@ from lean_jax.nn.mlp import MLPOptions
 from lean_jax.nn.norm import norm
 from lean_jax.nn.relative import RelativeBias, RelativeOptions
 from lean_jax.nn.rope import rotation
+from lean_jax.nn.rope_scaling import LongRope
 
 UNROLL = 4                    # layers in the scan's body: on a CPU the loop itself costs a fifth
 
@@ -128,6 +129,12 @@ class StackConfig:
   def decoding(self):
     """The config of the stack that a cache is of."""
     return self
+
+  @property
+  def renewals(self):
+    """Lengths past which all positions turn by other angles (LongRoPE): a cache is then stale."""
+    scalings = [rope.scaling for rope in self.attention.ropes]
+    return sorted({s.original for s in scalings if isinstance(s, LongRope)})
 
 
 class Frame(NamedTuple):

@@ -20,6 +20,6 @@ ROWS = [
     row('LongRoPE, short, grouped, tied', num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True, original_max_position_embeddings=48,
         rope_parameters=longrope(4)),
-    row('LongRoPE, long, three quarters of a head', original_max_position_embeddings=5,
+    row('LongRoPE, soon long, three quarters of a head', original_max_position_embeddings=12,
         partial_rotary_factor=.75, rope_parameters=longrope(6)),
 ]
