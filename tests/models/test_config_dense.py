@@ -47,6 +47,7 @@ REFUSED = [
     ('mistral', dict(attention_bias=True)),
     ('mistral', dict(num_hidden_layers=2, layer_types=[SLIDING, FULL])),
     ('qwen2', dict(attention_bias=False)),
+    ('qwen2', dict(use_mrope=True)),
     ('qwen2', dict(num_hidden_layers=2, layer_types=[SLIDING])),
     ('qwen2', dict(num_hidden_layers=1, layer_types=['linear_attention'])),
     ('qwen3', dict(mlp_bias=True)),
@@ -57,6 +58,7 @@ REFUSED = [
     ('gemma3_text', dict(use_bidirectional_attention=True)),
     ('phi3', dict(rope_scaling=LONGROPE | dict(short_factor=[1.]))),
     ('phi3', dict(partial_rotary_factor=.01)),
+    ('phi3', dict(lm_head_bias=True)),
     ('olmo2', dict(clip_qkv=8.)),
     *((family, dict([item])) for family in VARIANTS for item in dict(
         quantization_config=dict(bits=4), per_layer_config={'0': {}}, is_causal=False,

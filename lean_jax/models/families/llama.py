@@ -23,7 +23,7 @@ DEFAULTS = dict(
 
 def from_hf(hf):
   """The config of config.json; absent keys mean what they mean to transformers."""
-  require(hf, dict(sliding_window=(None,)))
+  require(hf, dict(sliding_window=(None,), rope_interleaved=(False, None)))
   return shared(DEFAULTS | hf)
 
 

@@ -15,7 +15,8 @@ RENAMED = ('su', 'yarn')      # what the first releases called longrope
 
 def from_hf(hf):
   """The config of config.json; absent keys mean what they mean to transformers."""
-  require(hf, dict(attention_bias=(False, None), mlp_bias=(False, None)))
+  require(hf, dict(attention_bias=(False, None), mlp_bias=(False, None),
+                   lm_head_bias=(False, None)))
   hf = DEFAULTS | hf
   for key in ('rope_scaling', 'rope_parameters'):
     if isinstance(hf.get(key), dict):

@@ -14,7 +14,7 @@ DEFAULTS = dict(
 
 def from_hf(hf):
   """The config of config.json; absent keys mean what they mean to transformers."""
-  require(hf, dict(attention_bias=(True, None), mlp_bias=(False, None)))
+  require(hf, dict(attention_bias=(True, None), mlp_bias=(False, None), use_mrope=(False, None)))
   c = shared(DEFAULTS | hf)
   return dataclasses.replace(c, attention=dataclasses.replace(c.attention, bias=True))
 
