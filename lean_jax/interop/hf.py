@@ -90,7 +90,8 @@ def read_config(folder):
 
 
 def settled(family, config, stored):
-  """The config, untied if the family's checkpoints tell and this one has a head of its own."""
+  """The config as the tensors tell: untied where the family's may have a head of their own."""
+  config = family.settle(config, stored)
   own = family.own_head and any(differs(stored, *pair) for pair in copies(family, config).items())
   return configured(config, tied=False) if own else config
 

@@ -35,7 +35,9 @@ def pieces(stored, layers, shape):
 
 
 def unprefixed(found, family):
-  """Tensors by name, with the family's prefix where a checkpoint leaves it out everywhere."""
+  """Tensors by the names of today, with the family's prefix where a checkpoint leaves it out."""
+  for old, new in family.older.items():
+    found = {re.sub(f'{re.escape(old)}$', new, name): tensor for name, tensor in found.items()}
   if not family.prefix or any(name.startswith(family.prefix) for name in found):
     return found
   return found | {family.prefix + name: tensor for name, tensor in found.items()}

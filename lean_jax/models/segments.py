@@ -20,7 +20,7 @@ _STACKED = {nn.PARTITION_NAME: 'layers'}
 
 
 class Segment(NamedTuple):
-  """Consecutive layers: `kinds`, each a mixer and a feed-forward, `count` times."""
+  """Consecutive layers: `kinds`, each what a `Block` takes, `count` times."""
   first: int
   kinds: tuple
   count: int
@@ -38,7 +38,7 @@ def segments(config):
   that the fewest layers are compiled: DeepSeek's first dense layers and its expert layers; Jamba's
   eight kinds, again and again.
   """
-  kinds = tuple((l.mixer, l.feed_forward) for l in config.each)
+  kinds = tuple((l.mixer, l.feed_forward, l.mixer_norm) for l in config.each)
   return _segments(kinds, config.scan_layers)
 
 

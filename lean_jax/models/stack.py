@@ -19,6 +19,7 @@ from lean_jax.nn.attention import AttentionOptions, CrossAttention
 from lean_jax.nn.linear import Embedding, Linear
 from lean_jax.nn.mlp import MLPOptions
 from lean_jax.nn.norm import norm
+from lean_jax.nn.pooling import Pooling
 from lean_jax.nn.relative import RelativeBias, RelativeOptions
 from lean_jax.nn.rope import rotation
 from lean_jax.nn.rope_scaling import LongRope
@@ -35,11 +36,13 @@ class Layer:
     feed_forward: a name of `kinds.FEED_FORWARDS`; None for none.
     window: how many keys on each side a query sees, its own included; None is all.
     rotary: which of the config's ropes its attention uses.
+    mixer_norm: False leaves the mixer's input as it is where `norm_before` would normalise it.
   """
   mixer: str = 'attention'
   feed_forward: str | None = 'mlp'
   window: int | None = None
   rotary: int = 0
+  mixer_norm: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,7 @@ class StackConfig:
     relative: learned scores of distances, which all layers add to attention's; None for none.
     causal: whether a token sees only those before it.
     cross: whether each layer attends to an encoder's output too.
+    pooling: how a text's vector is made of hidden states; None where nothing says.
     dtype: of activations and products; parameters are float32.
     remat: whether the backward pass recomputes each layer: less memory, more time.
     scan_layers: whether layers of one kind are stacked.
@@ -111,6 +115,7 @@ class StackConfig:
   relative: RelativeOptions | None = None
   causal: bool = True
   cross: bool = False
+  pooling: Pooling | None = None
   dtype: str = 'float32'
   remat: bool = False
   scan_layers: bool = True
@@ -201,6 +206,7 @@ class Block(nn.Module):
   config: StackConfig
   mixer: str
   feed_forward: str | None
+  mixer_norm: bool = True
 
   @nn.compact
   def __call__(self, carry, place, frame):
@@ -210,7 +216,7 @@ class Block(nn.Module):
     x = nn.with_logical_constraint(x, ('batch', 'length', None))
     mixer = MIXERS[self.mixer].module(c, name=self.mixer)
     start = x
-    normed = norm(c, 'mixer_norm')(x) if c.norm_before else x
+    normed = norm(c, 'mixer_norm')(x) if c.norm_before and self.mixer_norm else x
     y, slot = mixer(normed, frame, place, slot)
     x = self._add(x, y, 'mixer')
     if c.cross:
@@ -237,7 +243,7 @@ class Block(nn.Module):
 class Period(nn.Module):
   """Several layers that repeat together, one after the other."""
   config: StackConfig
-  kinds: tuple[tuple[str, str | None], ...]
+  kinds: tuple[tuple[str, str | None, bool], ...]
 
   @nn.compact
   def __call__(self, carry, place, frame):

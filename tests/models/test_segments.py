@@ -24,7 +24,7 @@ from lean_jax.models.stack import Layer, StackConfig
 from lean_jax.quantization.rtn import rtn
 
 KINDS = dict(a=Layer(), b=Layer(feed_forward=None), m=Layer('mamba'), e=Layer('mamba', 'moe'),
-             x=Layer('attention', 'moe'))
+             x=Layer('attention', 'moe'), f=Layer(mixer_norm=False))
 # Uniform; a beginning of another kind; periods, with a beginning and once; neither.
 PATTERNS = ('aaaa', 'bbaaaa', 'abababab', 'babab', 'ab', 'babbabaa')
 
@@ -38,7 +38,8 @@ def config_of(pattern, **kw):
 
 def cut(pattern):
   """[(first layer, kinds, count)] of the segments."""
-  names = {(layer.mixer, layer.feed_forward): letter for letter, layer in KINDS.items()}
+  names = {(layer.mixer, layer.feed_forward, layer.mixer_norm): letter
+           for letter, layer in KINDS.items()}
   return [(s.first, ''.join(names[kind] for kind in s.kinds), s.count)
           for s in segments(config_of(pattern))]
 
@@ -78,6 +79,7 @@ def assert_same(one, other):
     ('memeaeme' * 3, [(0, 'memeaeme', 3)]),                         # Jamba
     ('m' + 'ax' * 3, [(0, 'm', 1), (1, 'ax', 3)]),
     ('a' * 30 + 'b', [(0, 'a', 30), (30, 'b', 1)]),
+    ('faaaa', [(0, 'f', 1), (1, 'a', 4)]),                          # ModernBERT
     ('abbbamm', [(0, 'a', 1), (1, 'b', 3), (4, 'a', 1), (5, 'm', 2)]),
 ])
 def test_layers_are_cut_so_that_the_fewest_are_compiled(pattern, expected):
@@ -89,7 +91,7 @@ def test_segments_are_all_layers_in_their_order(pattern):
   for scan in (True, False):
     config = config_of(pattern, scan_layers=scan)
     kinds = [kind for s in segments(config) for kind in s.kinds * s.count]
-    assert kinds == [(layer.mixer, layer.feed_forward) for layer in config.each]
+    assert kinds == [(layer.mixer, layer.feed_forward, layer.mixer_norm) for layer in config.each]
     lengths = [len(s.kinds) * s.count for s in segments(config)]
     assert [s.first for s in segments(config)] == np.cumsum([0, *lengths])[:-1].tolist()
 

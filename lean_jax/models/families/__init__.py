@@ -2,7 +2,9 @@
 from lean_jax.errors import InputError
 from lean_jax.models.families.bart import BART
 from lean_jax.models.families.base import Family
+from lean_jax.models.families.bert import BERT
 from lean_jax.models.families.deepseek_v3 import DEEPSEEK_V3
+from lean_jax.models.families.distilbert import DISTILBERT
 from lean_jax.models.families.gemma import GEMMA
 from lean_jax.models.families.gemma2 import GEMMA2
 from lean_jax.models.families.gemma3_text import GEMMA3_TEXT
@@ -16,6 +18,7 @@ from lean_jax.models.families.mamba import MAMBA
 from lean_jax.models.families.mamba2 import MAMBA2
 from lean_jax.models.families.mistral import MISTRAL
 from lean_jax.models.families.mixtral import MIXTRAL
+from lean_jax.models.families.modernbert import MODERNBERT
 from lean_jax.models.families.olmo2 import OLMO2
 from lean_jax.models.families.opt import OPT
 from lean_jax.models.families.phi import PHI
@@ -23,11 +26,13 @@ from lean_jax.models.families.phi3 import PHI3
 from lean_jax.models.families.qwen2 import QWEN2
 from lean_jax.models.families.qwen3 import QWEN3
 from lean_jax.models.families.qwen3_moe import QWEN3_MOE
+from lean_jax.models.families.roberta import ROBERTA
 from lean_jax.models.families.t5 import T5
 
 FAMILIES = {family.model_type: family for family in (
-    BART, DEEPSEEK_V3, GEMMA, GEMMA2, GEMMA3_TEXT, GPT2, GPT_NEOX, GPT_OSS, JAMBA, LEAN_LSTM,
-    LLAMA, MAMBA, MAMBA2, MISTRAL, MIXTRAL, OLMO2, OPT, PHI, PHI3, QWEN2, QWEN3, QWEN3_MOE, T5)}
+    BART, BERT, DEEPSEEK_V3, DISTILBERT, GEMMA, GEMMA2, GEMMA3_TEXT, GPT2, GPT_NEOX, GPT_OSS, JAMBA,
+    LEAN_LSTM, LLAMA, MAMBA, MAMBA2, MISTRAL, MIXTRAL, MODERNBERT, OLMO2, OPT, PHI, PHI3, QWEN2,
+    QWEN3, QWEN3_MOE, ROBERTA, T5)}
 
 __all__ = ['FAMILIES', 'Family', 'family_of']
 

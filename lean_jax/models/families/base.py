@@ -23,6 +23,9 @@ class Family:
     ignored: a regular expression on tensors that are no parameters.
     optional: the same on tensors that are zero where a checkpoint lacks them.
     copies: {tensor that some checkpoints have too: the one that it repeats}.
+    older: {how a tensor's name ends in old checkpoints: how it ends now}.
+    settle: our config and a checkpoint's tensors by name to our config, where the tensors tell what
+      config.json does not.
     own_head: whether a checkpoint's own output head counts, though config.json ties it.
   """
   model_type: str
@@ -33,6 +36,8 @@ class Family:
   ignored: str = r'.*\.(rotary_emb\.inv_freq|masked_bias)'
   optional: str = ''
   copies: dict[str, str] = dataclasses.field(default_factory=dict)
+  older: dict[str, str] = dataclasses.field(default_factory=dict)
+  settle: Callable = lambda config, tensors: config
   own_head: bool = False
 
 

@@ -65,15 +65,16 @@ def context(hf, ropes):
   return max([positive(hf, 'max_position_embeddings'), *stretched])
 
 
-def rope_hf(ropes, context):
+def rope_hf(ropes, context, *, each=False):
   """The keys of config.json that say `ropes`, of a model of this context.
 
-  Two are written for transformers 4 where it can read them: if that of windows is a plain one.
+  Two are written for transformers 4 where it can read them: if that of windows is a plain one, and
+  not `each` is asked to be written by itself.
   """
   first, *rest = ropes
   longest = first.scaling.original if isinstance(first.scaling, Dynamic) else context
   out = dict(max_position_embeddings=longest)
-  if any(r.scaling is not None or r.fraction != first.fraction for r in rest):
+  if each or any(r.scaling is not None or r.fraction != first.fraction for r in rest):
     return out | dict(rope_parameters={
         kind: {'rope_type': 'default', 'rope_theta': r.theta, PARTIAL: r.fraction}
         | _scaling_hf(r.scaling, longest) for kind, r in zip((FULL, SLIDING), ropes)})
