@@ -1,6 +1,7 @@
 """Arrays filled from the tensors of a checkpoint, a block at a time, where they will live."""
 import concurrent.futures
 import math
+import mmap
 import os
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from lean_jax.interop.tensors import common, halves, whole, within
 
-_LINE = 64                    # bytes; on a CPU, JAX takes over memory that begins at a multiple
+_LINE = 64                    # bytes, of a cache
 _THREADS = min(8, os.cpu_count() or 1)     # tensors read at once, a few blocks of each in memory
 
 
@@ -29,7 +30,7 @@ def filled(shape, dtype, sharding, stored, pieces, odd):
   boxes = {None: whole(shape)} if sharding is None else {
       device: tuple(s.indices(n)[:2] for s, n in zip(index, shape))
       for device, index in sharding.addressable_devices_indices_map(shape).items()}
-  shards = {box: _aligned([b - a for a, b in box], dtype) for box in set(boxes.values())}
+  shards = {box: _pages([b - a for a, b in box], dtype) for box in set(boxes.values())}
   threads = _THREADS if _in_boxes(stored) else 1       # other tensors are whole in memory
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     list(pool.map(lambda piece: _fill(shards, shape[len(piece[1]):], stored, *piece, odd), pieces))
@@ -110,8 +111,11 @@ def _finite(values):
   return not ((values.view(np.uint16) & exponent) == exponent).any()
 
 
-def _aligned(shape, dtype):
+def _pages(shape, dtype):
+  """An array in memory of its own, which JAX takes over on a CPU because it begins with a page.
+
+  NumPy would ask for huge pages, and to be given those took longer than all the rest.
+  """
   size = math.prod(shape) * np.dtype(dtype).itemsize
-  room = np.empty(size + _LINE, np.uint8)
-  start = -room.ctypes.data % _LINE
-  return room[start:start + size].view(dtype).reshape(shape)
+  room = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+  return np.frombuffer(room, np.uint8, size).view(dtype).reshape(shape)

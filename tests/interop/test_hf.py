@@ -170,6 +170,7 @@ def test_each_device_is_given_its_part(tiny_folder, scan):
 
 
 def test_a_model_is_read_and_written_without_a_second_copy(tiny_folder, tmp_path, monkeypatch):
+  """What NumPy allocates is but blocks: that an array is the memory filled, test_streaming says."""
   monkeypatch.setattr(streaming, '_THREADS', 2)
   folder, tensors = tiny_folder(dict(
       hidden_size=512, intermediate_size=2048, num_hidden_layers=4, vocab_size=4096,
@@ -180,10 +181,8 @@ def test_a_model_is_read_and_written_without_a_second_copy(tiny_folder, tmp_path
   tracemalloc.start()
   try:
     family, config, params, _ = load_hf(folder)
-    held, peak = tracemalloc.get_traced_memory()
-    assert size < held < peak < size + room
     save_hf(tmp_path, family, config, params)
-    assert tracemalloc.get_traced_memory()[1] < size + room
+    assert tracemalloc.get_traced_memory()[1] < room
   finally:
     tracemalloc.stop()
 

@@ -118,8 +118,8 @@ def test_a_layer_that_no_device_of_this_host_has_is_not_read(tmp_path, monkeypat
 
 
 def test_on_a_cpu_what_is_filled_is_the_array_itself(tmp_path, monkeypatch):
-  made, aligned = [], streaming._aligned
-  monkeypatch.setattr(streaming, '_aligned', lambda *a: made.append(aligned(*a)) or made[-1])
+  made, pages = [], streaming._pages
+  monkeypatch.setattr(streaming, '_pages', lambda *a: made.append(pages(*a)) or made[-1])
   with contextlib.ExitStack() as stack:
     found, _ = stored_as(Stored('x'), 1, np.float32, tmp_path, stack)
     for sharding in places()[:4]:
