@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from lean_jax.nn.linear import weight
 from lean_jax.nn.mlp import MLP, gated
@@ -60,11 +61,12 @@ class MoE(nn.Module):
     layers = sum(layer.feed_forward == 'moe' for layer in c.each)
     chosen, share = Router(o.router, o.experts, layers, name='router')(rows, mask)     # [M k]
     self.sow('taps', 'chosen', chosen.reshape(B, T, -1))
-    experts = Experts(o, D, c.dtype, name='experts')
+    weights, rows = Experts(o, D, name='experts')(), rows.astype(c.dtype)
     if o.capacity is None:
-      y = dropless(experts, rows.astype(c.dtype), chosen, share)
+      y = on_each_device(functools.partial(dropless, options=o), weights, rows, chosen, share)
     else:
-      y = bounded(experts, rows.astype(c.dtype), chosen, share, mask, o.capacity)
+      y = bounded(functools.partial(feed_forward, weights, options=o), rows, chosen, share,
+                  o.experts, o.capacity, mask)
     y = y.astype(c.dtype).reshape(B, T, D)
     if o.shared_hidden is not None:
       y = y + MLP(dataclasses.replace(c, hidden=o.shared_hidden), name='shared')(x, frame)
@@ -72,43 +74,53 @@ class MoE(nn.Module):
 
 
 class Experts(nn.Module):
-  """down(f(gate(x)) * up(x)) of E experts, each on rows of its own."""
+  """The weights of E experts, by name: {gate, up, down: (kernel [E I O], bias [E O] or None)}."""
   options: MoEOptions
   width: int
-  dtype: Any
 
   @nn.compact
-  def __call__(self, x, sizes=None):
-    """x [M D], sorted by expert, of whom each has sizes [E]; or [E C D], each having C."""
-    o, D, F = self.options, self.width, self.options.hidden
-    product = lambda name, i, o_, axes: ExpertLinear(
-        (o.experts, i, o_), ('experts', *axes), self.dtype, o.bias, name=name)
-    gate = product('gate', D, F, ('embed', 'mlp'))(x, sizes)
-    up = product('up', D, F, ('embed', 'mlp'))(x, sizes)
-    h = gated(o.activation, gate, up) if o.limit is None else clamped(gate, up, o.limit, o.alpha)
-    h = nn.with_logical_constraint(h, ('experts', None, 'mlp')[-h.ndim:])
-    return product('down', F, D, ('mlp', 'embed'))(h, sizes)
+  def __call__(self):
+    D, F = self.width, self.options.hidden
+    into = lambda name: ExpertLinear(self.options, (D, F), ('embed', 'mlp'), name=name)()
+    return dict(gate=into('gate'), up=into('up'),
+                down=ExpertLinear(self.options, (F, D), ('mlp', 'embed'), name='down')())
 
 
 class ExpertLinear(nn.Module):
-  """x @ kernel + bias, a kernel and a bias for each expert."""
-  shape: tuple[int, int, int]   # [E I O]
+  """The kernel and the bias of each expert; called, they are given."""
+  options: MoEOptions
+  shape: tuple[int, int]        # [I O]
   axes: tuple
-  dtype: Any
-  bias: bool
 
   @nn.compact
-  def __call__(self, x, sizes):
-    """As `Experts`: [M O] or [E C O]."""
-    E, _, O = self.shape
-    w = weight(self, 'kernel', 'eio', self.shape, self.axes)
-    x = x.astype(self.dtype)
-    y = w.einsum('eci,eio->eco', x) if sizes is None else w.grouped(x, sizes)
-    if self.bias:
-      b = self.param('bias', nn.initializers.zeros, (E, O)).astype(y.dtype)
-      y = y + (b[:, None] if sizes is None else
-               jnp.repeat(b, sizes, axis=0, total_repeat_length=x.shape[0]))
-    return y
+  def __call__(self):
+    E, zeros = self.options.experts, nn.initializers.zeros
+    kernel = weight(self, 'kernel', 'eio', (E, *self.shape), ('experts', *self.axes))
+    return kernel, self.param('bias', zeros, (E, self.shape[1])) if self.options.bias else None
+
+
+def feed_forward(weights, x, sizes=None, *, options):
+  """down(f(gate(x)) * up(x)) of each expert on its rows.
+
+  Args:
+    weights: as `Experts` gives them.
+    x: [M D], first the rows of expert 0, then those of expert 1, ...; or [E C D].
+    sizes: [E], how many rows of [M D] each has; None of [E C D].
+    options: MoEOptions.
+  """
+  def product(name, x):
+    kernel, bias = weights[name]
+    y = kernel.einsum('eci,eio->eco', x) if sizes is None else kernel.grouped(x, sizes)
+    if bias is None:
+      return y
+    each = bias[:, None] if sizes is None else (
+        jnp.repeat(bias, sizes, axis=0, total_repeat_length=x.shape[0]))
+    return y + each.astype(y.dtype)
+  o, gate, up = options, product('gate', x), product('up', x)
+  h = gated(o.activation, gate, up) if o.limit is None else clamped(gate, up, o.limit, o.alpha)
+  if sizes is None:
+    h = nn.with_logical_constraint(h, ('experts', None, 'mlp'))
+  return product('down', h)
 
 
 def clamped(gate, up, limit, alpha):
@@ -117,23 +129,44 @@ def clamped(gate, up, limit, alpha):
   return (up + 1) * gate * nn.sigmoid(alpha * gate)
 
 
-def dropless(experts, x, chosen, share):
-  """The sum of each row's experts' outputs [M D], float32, of rows x [M D] and [M k] choices."""
+def on_each_device(f, weights, *rows):
+  """f(weights, *rows), each device of the mesh in use taking its part of the rows, if they divide.
+
+  Left to itself, the compiler would sort the rows of all devices together, on every device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1 or mesh.manual_axes or rows[0].shape[0] % mesh.size:
+    return f(weights, *rows)
+  whole, part = PartitionSpec(), PartitionSpec(mesh.axis_names)
+  return jax.shard_map(f, in_specs=(whole, *[part] * len(rows)), out_specs=part,
+                       check_vma=False)(weights, *rows)
+
+
+def dropless(weights, x, chosen, share, options):
+  """The sum of each row's experts' outputs, weighed: [M D], float32.
+
+  Args:
+    weights: as `Experts` gives them.
+    x: [M D].
+    chosen, share: [M k], the experts of each row and their weights.
+    options: MoEOptions.
+  """
   M, k = chosen.shape
   expert = chosen.reshape(M * k)
   order = jnp.argsort(expert, stable=True)
   back = jnp.argsort(order)
-  sizes = jnp.bincount(expert, length=experts.options.experts)
-  y = taken(experts(taken(x, order, back, k), sizes), back, order, 1)
-  return jnp.sum(y.reshape(M, k, -1).astype(jnp.float32) * share[:, :, None], axis=1)
+  sizes = jnp.bincount(expert, length=options.experts)
+  y = feed_forward(weights, taken(x, order, back, k), sizes, options=options)
+  y = taken(y, back, order, 1).reshape(M, k, -1).astype(jnp.float32)
+  return jnp.sum(y * share[:, :, None], axis=1)
 
 
-def bounded(experts, x, chosen, share, mask, capacity):
+def bounded(run, x, chosen, share, experts, capacity, mask=None):
   """As `dropless`, each expert having room for `capacity` times its even share of the choices.
 
-  Rows that the mask [M] leaves out take no room.
+  Rows that the mask [M] leaves out take no room. `run` is what experts do to rows [E C D].
   """
-  (M, k), E = chosen.shape, experts.options.experts
+  (M, k), E = chosen.shape, experts
   C = min(M, math.ceil(capacity * M * k / E))
   real = jnp.ones((M, k), bool) if mask is None else jnp.broadcast_to(mask[:, None], (M, k))
   expert = jnp.where(real, chosen, E).T.reshape(k * M)                 # all first choices first
@@ -145,8 +178,7 @@ def bounded(experts, x, chosen, share, mask, capacity):
   place = jnp.arange(C)[None]
   token = order[jnp.minimum(start[:, None] + place, k * M - 1)] % M    # [E C]
   filled = jnp.where((place < sizes[:, None])[:, :, None], x[token], 0)
-  y = experts(filled).reshape(E * C, -1)
-  y = y[jnp.where(kept, expert * C + at, 0)].astype(jnp.float32)
+  y = run(filled).reshape(E * C, -1)[jnp.where(kept, expert * C + at, 0)].astype(jnp.float32)
   y = jnp.where(kept[:, None], y, 0).reshape(k, M, -1)
   return jnp.sum(y * share.T[:, :, None], axis=0)
 

@@ -1,5 +1,7 @@
 """Mixture of experts: each token gets the weighed sum of its own experts, and nothing else."""
 import dataclasses
+import re
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,10 +11,13 @@ import pytest
 from flax import linen as nn
 from flax.core import meta
 
+from lean_jax import tree
 from lean_jax.models.stack import Frame, Layer, StackConfig
 from lean_jax.nn import moe, router
 from lean_jax.nn.moe import MoE, MoEOptions
 from lean_jax.nn.router import RouterOptions
+from lean_jax.quantization.rtn import rtn
+from lean_jax.training import mesh as meshes
 
 D, F, E = 8, 6, 8
 B, T = 3, 5
@@ -129,19 +134,16 @@ def test_room_for_all_is_dropless_and_its_gradients(case):
 
 
 def test_what_is_over_an_experts_room_is_dropped_second_choices_first():
-  o = RouterOptions(top_k=2)
-  module, _, _ = model(Case(o), capacity=1.)
-  experts = lambda x, sizes=None: x
-  experts.options = dataclasses.replace(module.config.moe, experts=3)
+  run = lambda x: x
   x = jnp.arange(1., 7.)[:, None]
   chosen = jnp.asarray([[0, 1], [0, 1], [0, 2], [1, 0], [2, 1], [0, 1]])
   share = jnp.full((6, 2), 1.) * jnp.asarray([[10., 1.]])
   mask = jnp.asarray([True, True, True, True, True, False])
   # Room for 6 * 2 / 3 = 4: expert 1 has its first choice 3, then 0, 1, 4; expert 0: 0, 1, 2, 3.
-  y = moe.bounded(experts, x, chosen, share, mask, 1.)
+  y = moe.bounded(run, x, chosen, share, 3, 1., mask)
   np.testing.assert_array_equal(y[:, 0], [11, 22, 33, 44, 55, 0])
   # Room for 2: of 0's choices the first two, of 1's 3 and then 0, of 2's 4 and then 2.
-  y = moe.bounded(experts, x, chosen, share, mask, .5)
+  y = moe.bounded(run, x, chosen, share, 3, .5, mask)
   np.testing.assert_array_equal(y[:, 0], [11, 20, 3, 40, 50, 0])
 
 
@@ -189,6 +191,33 @@ def test_padding_changes_nothing_for_other_tokens(capacity):
   run = jax.jit(lambda x: module.apply({'params': params}, x, Frame(mask=mask)))
   other = jnp.where(mask[:, :, None], x, 7.)
   np.testing.assert_array_equal(*(jnp.where(mask[:, :, None], run(a), 0) for a in (x, other)))
+
+
+@pytest.mark.parametrize('kind', ['dense', 'w4a16', 'capacity'])
+def test_on_a_mesh_each_device_has_its_rows_and_nothing_changes(kind):
+  capacity = 2. if kind == 'capacity' else None
+  module, params, _ = model(Case(RouterOptions(balance=.1)), capacity=capacity)
+  if kind == 'w4a16':
+    params = tree.transform(params, [('.*', partial(rtn, spec='w4a16-g4'))])
+  x = jax.random.normal(jax.random.key(0), (4, 6, D))
+
+  @jax.jit
+  @partial(jax.grad, argnums=(0, 1), allow_int=True)
+  def loss(params, x):
+    y, sown = module.apply({'params': params}, x, Frame(), mutable=['losses'])
+    return jnp.sum(y ** 2) + sum(jax.tree.leaves(sown))
+  floats = lambda grads: [np.asarray(g, np.float32) for g in jax.tree.leaves(grads)
+                          if jnp.issubdtype(g.dtype, jnp.floating)]
+  want = floats(loss(params, x))
+  mesh = meshes.make_mesh(2, 2, 2)
+  with meshes.on(mesh):
+    there = jax.device_put(params, meshes.shardings(params, mesh))
+    run = loss.lower(there, meshes.put_batch(dict(x=np.asarray(x)), mesh)['x']).compile()
+    got = floats(run(there, meshes.put_batch(dict(x=np.asarray(x)), mesh)['x']))
+  for a, b in zip(got, want):
+    np.testing.assert_allclose(a, b, atol=2e-2 * abs(b).max() if kind == 'w4a16' else 1e-4)
+  # The choices of all devices, in one sort, would be 4 * 6 * 2.
+  assert kind == 'capacity' or not re.search(r's32\[48\].* sort\(', run.as_text())
 
 
 class Layers(nn.Module):
