@@ -10,7 +10,7 @@ from flax.core import meta
 
 from lean_jax import tree
 from lean_jax.errors import InputError
-from lean_jax.interop import shards, tensors
+from lean_jax.interop import packed, shards, tensors
 from lean_jax.interop.names import check, copies, differs, pieces, place, unprefixed, written
 from lean_jax.interop.streaming import filled
 from lean_jax.models.families import family_of
@@ -47,9 +47,9 @@ def load_hf(folder, *, dtype=None, scan_layers=True, shardings=None):
     raise InputError(f'{str(folder)!r} is no folder; give the folder of a Hugging Face model')
   hf = read_config(folder)
   family = family_of(hf)
-  config = configured(family.from_hf(hf), dtype=dtype, scan_layers=scan_layers)
+  config = configured(family.from_hf(packed.floats(hf)), dtype=dtype, scan_layers=scan_layers)
   with contextlib.ExitStack() as stack:
-    stored = unprefixed(tensors.opened(folder, stack), family)
+    stored = unprefixed(packed.unpacked(tensors.opened(folder, stack), hf), family)
     with tensors.readable(folder):
       config = settled(family, config, stored)
       like = abstract(config)
