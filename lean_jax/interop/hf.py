@@ -74,7 +74,7 @@ def read(family, config, like, stored, dtype, shardings):
     key, layers = place(config, tree.name(path))
     shape = meta.unbox(leaf).shape
     made_of = [(stored.get(name), at) for name, at in pieces(names[key], layers, shape)]
-    value = filled(shape, dtype, sharding, names[key], made_of, odd)
+    value = filled(shape, names[key].dtype or dtype, sharding, names[key], made_of, odd)
     return leaf.replace_boxed(value) if tree.is_weight(leaf) else value
   return structure.unflatten([one(*leaf, to) for leaf, to in zip(found, where)]), odd
 
@@ -126,7 +126,7 @@ def save_hf(folder, family, config, params, hf_config=None, *, max_shard_size='5
   try:
     shards.write(folder, wanted, value, shards.nbytes(max_shard_size))
     write_config(folder, family, config, hf_config,
-                 jnp.result_type(*{dtype for _, dtype in wanted.values()}))
+                 jnp.result_type(*{dtype for shape, dtype in wanted.values() if len(shape) > 1}))
   except OSError as error:
     raise InputError(f'cannot write in {str(folder)!r} ({error}); free space or give another '
                      'folder') from error

@@ -52,6 +52,7 @@ class Stored:
     axis, sizes, index, repeats: the tensor is `sizes` long parts side by side along `axis`, all of
       them `repeats` times over; ours is part `index`. sizes of () is the whole tensor.
     shape: of the part as stored, where it is not ours permuted (axes of length 1, say).
+    dtype: of our array, where it is not the model's: what cannot be rounded.
   """
   name: str
   permute: tuple[int, ...] | None = None
@@ -60,6 +61,7 @@ class Stored:
   index: int = 0
   repeats: int = 1
   shape: tuple[int, ...] | None = None
+  dtype: str | None = None
 
   def part_shape(self, ours):
     """The shape of the part as stored, of the shape of ours (of one layer and one expert)."""

@@ -100,7 +100,9 @@ def names(c):
   return out | mixtral.expert_names(
       f'{mlp}experts.', gate='gate_proj', up='up_proj', down='down_proj') | {
           'layers/moe/router/kernel': linear(f'{mlp}gate.weight'),
-          'layers/moe/router/correction': Stored(f'{mlp}gate.e_score_correction_bias')}
+          # Large, its differences small: in bfloat16 other experts would be chosen.
+          'layers/moe/router/correction': Stored(f'{mlp}gate.e_score_correction_bias',
+                                                 dtype='float32')}
 
 
 # Beyond the last layer a released checkpoint has one that predicts another token; none uses it.
