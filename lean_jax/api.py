@@ -3,7 +3,7 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,11 @@ from lean_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lean_jax.data.windows import Windows, pack
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
+from lean_jax.evaluation import texts as texts_in
 from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.files import occupied, replace_folder
 from lean_jax.generation import generate as generate_ids
-from lean_jax.interop import hf, tensors
+from lean_jax.interop import hf, sentence, tensors
 from lean_jax.interop.hub import local_folder
 from lean_jax.models.families import Family, family_of
 from lean_jax.models.segments import configured, converted
@@ -56,12 +57,18 @@ class Model:
     """The Linen module: `module.apply({'params': params}, tokens)` gives logits."""
     return self.config.module
 
-  def logits(self, tokens, mask=None, *, decoder_tokens=None) -> jax.Array:
-    """Logits of the token after each, [B T V] float32.
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """The names of the classes of `classify`; none for a model that does not classify."""
+    return getattr(self.config, 'labels', ())
+
+  def logits(self, tokens, mask=None, *, decoder_tokens=None, token_types=None) -> jax.Array:
+    """Logits of the token after each, [B T V] float32; of an encoder, what its head gives.
 
     Args:
       tokens: [B T]; the source, where the model is an encoder and a decoder.
       mask: [B T], which tokens are real; None for all.
+      token_types: [B T], of an encoder, which text of a pair each token is of; None is the first.
       decoder_tokens: [B U], the target of such a model, its start token first. The logits are of
         the token after each of these.
 
@@ -73,11 +80,33 @@ class Model:
       raise InputError(f'a {self.family.model_type} needs decoder_tokens, the target; give them'
                        if wanted else f'a {self.family.model_type} has no decoder_tokens; give '
                        'tokens alone')
-    batch = dict(tokens=tokens, decoder_tokens=decoder_tokens)
+    batch = dict(tokens=tokens, decoder_tokens=decoder_tokens, token_types=token_types)
     batch = {k: jnp.asarray(v, jnp.int32) for k, v in batch.items() if v is not None}
     if mask is not None:
       batch['mask'] = jnp.asarray(mask, bool)
     return _logits(self.module, self.params, batch)
+
+  def embed(self, texts: Sequence[str], *, batch: int = 32,
+            truncate: bool | None = None) -> np.ndarray:
+    """The vector of each text, [n D] float32: see `evaluation.texts.embed`.
+
+    A sentence encoder's is pooled as it was trained to be, and normalised if it was; a longer text
+    than it reads is cut, as sentence-transformers does. Of another model it is the mean of the last
+    hidden states, and a text that is too long is an error unless truncate=True.
+    """
+    return texts_in.embed(self.module, self.params, self.tokenizer, texts, batch=batch,
+                          truncate=truncate)
+
+  def classify(self, texts: Sequence[str | tuple[str, str]], *, batch: int = 32,
+               truncate: bool = False) -> np.ndarray:
+    """Logits of `labels` of each text or pair of texts, [n labels] float32.
+
+    Raises:
+      InputError: the model has no head of sequences; a text longer than the context, without
+        truncate.
+    """
+    return texts_in.classify(self.module, self.params, self.tokenizer, texts, batch=batch,
+                             truncate=truncate)
 
   def generate(self, prompt: str, *, tokens: int = 64, temperature: float = 0.,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> str:
@@ -89,6 +118,9 @@ class Model:
       InputError: nothing to start from, more tokens than the context, or settings out of range.
     """
     reads = 'decoder_tokens' in self.module.inputs
+    if not self.config.decoding.causal:
+      raise InputError(f'a {self.family.model_type} sees all tokens at once and writes none; give '
+                       'a decoder, or an encoder and a decoder')
     head = [] if self.tokenizer.bos is None or reads else [self.tokenizer.bos]
     ids = np.concatenate([np.array(head, np.int32), self.tokenizer.encode(prompt, special=reads)])
     new = generate_ids(self.module, self.params, ids, tokens=tokens, temperature=temperature,
@@ -134,6 +166,7 @@ def load(folder, *, dtype: str | None = None, scan_layers: bool | None = None,
   else:
     family, config, params, hf_config = hf.load_hf(
         folder, dtype=dtype, scan_layers=scan_layers is not False, shardings=shardings)
+  config = configured(config, pooling=sentence.pooling(folder))
   tokenizer = load_tokenizer(folder)
   if tokenizer.size > config.vocabulary:
     raise InputError(f'{folder}: the tokenizer has {tokenizer.size} tokens, the model '
@@ -165,7 +198,8 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   if format not in FORMATS:
     raise InputError(f'no format {format!r}; there are: {", ".join(FORMATS)}')
   def rest(new):
-    model.tokenizer.save(new)
+    model.tokenizer.save(new, types=getattr(model.config, 'token_types', 0) > 1)
+    sentence.write(new, model.config)
     for name, text in (extra or {}).items():
       pathlib.Path(new, name).write_text(text, encoding='utf-8')
 
@@ -275,6 +309,9 @@ def _apply(model, step, seed=0):
 
 
 def _check_reads_text(model):
+  if not model.config.decoding.causal:
+    raise InputError(f'a {model.family.model_type} sees all tokens at once and predicts no next '
+                     'one; give training.recipe.train batches of tokens and labels')
   if 'decoder_tokens' in model.module.inputs:
     raise InputError(f'a {model.family.model_type} writes a target of a source, and text has no '
                      'targets; give training.recipe.train batches of tokens and decoder_tokens')

@@ -12,6 +12,7 @@ import tokenizers
 
 from lean_jax import files
 from lean_jax.data import reading
+from lean_jax.data.wordpiece import wordpiece
 from lean_jax.errors import InputError
 
 BOS, EOS = '<s>', '</s>'
@@ -53,12 +54,30 @@ class Tokenizer:
 
   def encode_batch(self, texts, *, special=False) -> list[np.ndarray]:
     """The int32 ids of each text, on all cores."""
-    try:
-      found = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
-    except (TypeError, UnicodeEncodeError) as error:
-      raise InputError('a text to encode is not a string of whole Unicode characters; give str '
-                       'without surrogates') from error
-    return [np.array(encoding.ids, np.int32) for encoding in found]
+    return [np.array(encoding.ids, np.int32) for encoding in encoded(self.backend, texts, special)]
+
+  def rows(self, texts, *, most=None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, types) of each text or pair of texts, with the tokens that the tokenizer puts around.
+
+    Args:
+      texts: each a string, or two of them.
+      most: tokens of a row; a longer one loses the end of its longest text, or the beginning where
+        the tokenizer's own settings say so. None keeps all.
+
+    Returns:
+      int32 [T] each; the type is the number of the text.
+    """
+    texts = list(texts)
+    found = encoded(self.backend, texts, True)
+    long = [k for k, encoding in enumerate(found) if most is not None and len(encoding) > most]
+    if long:
+      backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+      if most <= max(backend.num_special_tokens_to_add(pair) for pair in (False, True)):
+        raise InputError(f'{most} tokens leave no room for a text; give more')
+      backend.enable_truncation(most, direction=self.settings.get('truncation_side', 'right'))
+      for k, encoding in zip(long, encoded(backend, [texts[k] for k in long], True)):
+        found[k] = encoding
+    return [(np.array(e.ids, np.int32), np.array(e.type_ids, np.int32)) for e in found]
 
   def decode(self, ids, *, special=False) -> str:
     """The text of ids; `special` keeps special tokens, by their names."""
@@ -73,16 +92,31 @@ class Tokenizer:
     offsets = self.backend.encode(text, add_special_tokens=False).offsets[:count]
     return len(text[:max((end for _, end in offsets), default=0)].encode())
 
-  def save(self, folder):
-    """Writes tokenizer.json and tokenizer_config.json, as transformers.AutoTokenizer reads them."""
+  def save(self, folder, *, types=False):
+    """Writes tokenizer.json and tokenizer_config.json, as transformers.AutoTokenizer reads them.
+
+    Args:
+      types: whether the model takes the types of tokens; else transformers gives it none.
+    """
+    inputs = ['input_ids', *['token_type_ids'] * types, 'attention_mask']
     names = {f'{kind}_token': None if id is None else self.backend.id_to_token(id)
              for kind, id in (('bos', self.bos), ('eos', self.eos))}
-    settings = {'clean_up_tokenization_spaces': False, **self.settings, **names,
+    settings = {'clean_up_tokenization_spaces': False, 'model_input_names': inputs,
+                **self.settings, **names,
                 'tokenizer_class': 'PreTrainedTokenizerFast'}
     for name, text in (('tokenizer.json', self.backend.to_str(pretty=True)),
                        ('tokenizer_config.json', json.dumps(settings, indent=2))):
       with files.replacing(pathlib.Path(folder, name)) as file:
         file.write(text.encode())
+
+
+def encoded(backend, texts, special):
+  """The encodings of texts or of pairs of them, on all cores."""
+  try:
+    return backend.encode_batch_fast(list(texts), add_special_tokens=special)
+  except (TypeError, UnicodeEncodeError) as error:
+    raise InputError('a text to encode is not a string of whole Unicode characters; give str '
+                     'without surrogates') from error
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int,
@@ -140,6 +174,8 @@ def load_tokenizer(path) -> Tokenizer:
   file = path / 'tokenizer.json' if path.is_dir() else path
   if not file.is_file():
     older = [name for name in OLDER if (file.parent / name).is_file()]
+    if older == ['vocab.txt'] and path.is_dir():
+      return of_vocabulary(path)
     if older and path.is_dir():
       raise InputError(f'{str(path)!r} has {older[0]} and no tokenizer.json; convert it first: '
                        'transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)')
@@ -157,6 +193,13 @@ def load_tokenizer(path) -> Tokenizer:
                'generation_config.json', 'config.json')]
   bos, eos = (special(backend, settings, kind, file) for kind in ('bos', 'eos'))
   return Tokenizer(backend, bos, eos, settings[0])
+
+
+def of_vocabulary(folder):
+  """The tokenizer of a folder of BERT that has a vocab.txt alone."""
+  settings = described(folder / 'tokenizer_config.json')
+  kind = described(folder / 'config.json').get('model_type')
+  return Tokenizer(wordpiece(folder / 'vocab.txt', settings, kind), settings=settings)
 
 
 def described(path):
