@@ -7,9 +7,10 @@ import numpy as np
 
 from lean_jax.errors import InputError
 from lean_jax.generation import loop
+from lean_jax.generation.sampling import Sampling
+from lean_jax.generation.writer import written_out
 
-_GREEDY = (None, None, None)                 # no key, no temperature, no top_p
-_NO_END = np.zeros((0,), np.int32)
+_GREEDY = Sampling(), np.zeros((0,), np.int32)          # and no end token
 
 
 def speed(module, params, *, prompt, decode, batch, repeats=3):
@@ -32,12 +33,14 @@ def speed(module, params, *, prompt, decode, batch, repeats=3):
     InputError: a number below its least, or more tokens than the context has.
   """
   check(module.config, prompt, decode, batch, repeats)
-  ids = jax.device_put(prompts(module.config, batch, prompt, decode))
-  first, rest = programs(module, params, ids, prompt, decode)
+  module, params = written_out(module, params)
+  texts = jax.device_put(begin(module.config, batch, prompt, decode))
+  first, rest = programs(module, params, texts, prompt)
   times = []
   for _ in range(1 + repeats):
-    (held, cache), before = timed(first, params, ids, prompt, *_GREEDY)
-    _, after = timed(rest, params, held, cache, prompt + 1, prompt + decode, *_GREEDY, _NO_END)
+    texts = jax.device_put(begin(module.config, batch, prompt, decode))
+    read, before = timed(first, params, texts, *_GREEDY)
+    _, after = timed(rest, params, read, prompt + decode, *_GREEDY)
     times.append((before, after))
   before, after = (statistics.median(column) for column in zip(*times[1:]))
   return dict(prefill_tokens_per_second=batch * prompt / before,
@@ -46,13 +49,11 @@ def speed(module, params, *, prompt, decode, batch, repeats=3):
               device_peak_bytes=(jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use'))
 
 
-def programs(module, params, ids, prompt, decode):
-  """The compiled prefill and loop of `generate` for these ids."""
-  first = loop.prefill.lower(module, params, ids, prompt, *_GREEDY, top_k=None,
+def programs(module, params, texts, prompt):
+  """The compiled prefill and loop of `generate` for these texts."""
+  first = loop.prefill.lower(module, params, texts, *_GREEDY,
                              padded=loop.bucket(prompt, module.config.context))
-  held, cache = first.out_info
-  rest = loop.decode.lower(module, params, held, cache, prompt + 1, prompt + decode, *_GREEDY,
-                           _NO_END, top_k=None)
+  rest = loop.decode.lower(module, params, first.out_info, 0, *_GREEDY)
   return first.compile(), rest.compile()
 
 
@@ -70,11 +71,10 @@ def footprint(program):
           - m.alias_size_in_bytes)
 
 
-def prompts(config, batch, prompt, decode):
-  """Prompts of tokens counted up, and room for what follows: [B S]."""
-  ids = np.zeros((batch, loop.bucket(prompt + decode, config.context)), np.int32)
-  ids[:, :prompt] = np.arange(batch * prompt).reshape(batch, prompt) % config.vocabulary
-  return ids
+def begin(config, batch, prompt, decode):
+  """Prompts of tokens counted up, and room for what follows."""
+  ids = np.arange(batch * prompt).reshape(batch, prompt) % config.vocabulary
+  return loop.begin(ids, loop.bucket(prompt + decode, config.context))
 
 
 def check(config, prompt, decode, batch, repeats):

@@ -1,20 +1,46 @@
-"""The two compiled programs of generation: the prompt's forward pass, and the loop after it.
+"""The two compiled programs of generation: the prompts' forward pass, and the loop after it.
 
-Both hold ids [B S], the prompts and what follows, and a cache of S tokens; S and the prompt's
-padded length are powers of two, so that few programs serve all lengths. Padding stands after the
-prompt and is masked: it changes no state of a recurrent layer, a causal mask hides it from the
-prompt's tokens, and the loop overwrites each place before a token sees it. So results do not depend
-on it.
+Rows of different lengths end at the same place: ids [B S] hold each row's prompt from its `start`
+on, all up to one place, and what follows. Padding before a row is masked, and positions count real
+tokens, so that a batch is its rows alone. S and the length that is run of a prompt are powers of
+two, so that few programs serve all lengths; what is run after the prompts is masked too, and the
+loop overwrites each place before a token sees it.
 """
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
 from lean_jax.generation.sampling import sample
-from lean_jax.models.decoder import empty_cache
+from lean_jax.models.stack import empty_cache
 
 _LEAST = 16                   # tokens; shorter programs differ too little to compile one for each
+
+
+class State(struct.PyTreeNode):
+  """Texts that are being written.
+
+  Attributes:
+    ids: [B S] int32, prompts and what follows them.
+    start: [B], the place of each row's first token.
+    first: the place of the first token that follows the prompts; scalar.
+    at: the place of the next token; scalar.
+    ended: [B] bool, which rows are at their end; they are filled with their last token.
+    keys: [B] PRNG keys, a row's own; None where nothing is sampled.
+    seen: [B V] bool, which tokens a row has; None where that does not matter.
+    cache: of the tokens before the last; None before the prompts are read.
+  """
+  ids: Any
+  start: Any
+  first: Any
+  at: Any
+  ended: Any
+  keys: Any = None
+  seen: Any = None
+  cache: Any = None
 
 
 def bucket(length, context):
@@ -22,85 +48,119 @@ def bucket(length, context):
   return min(context, max(_LEAST, 1 << (length - 1).bit_length()))
 
 
-@functools.partial(jax.jit, static_argnames=('module', 'padded', 'top_k'))
-def prefill(module, params, ids, length, key, temperature, top_p, *, padded, top_k, source=None,
-            source_length=None):
-  """Runs the prompts and puts the first token after them.
+def begin(prompts, room, key=None):
+  """The State in which nothing is read.
+
+  Args:
+    prompts: sequences of ids, each of one token or more.
+    room: S, tokens.
+    key: a jax PRNG key, from which each row gets its own; None where nothing is sampled.
+  """
+  B, longest = len(prompts), max(map(len, prompts))
+  ids, start = np.zeros((B, room), np.int32), np.zeros((B,), np.int32)
+  for row, prompt in enumerate(prompts):
+    start[row] = longest - len(prompt)
+    ids[row, start[row]:longest] = prompt
+  keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(B))
+  return State(ids, start, np.int32(longest), np.int32(longest), np.zeros((B,), bool), keys)
+
+
+@functools.partial(jax.jit, static_argnames=('module', 'padded', 'copies'),
+                   donate_argnames=('state',))
+def prefill(module, params, state, sampling, ends, source=None, lengths=None, *, padded, copies=1):
+  """Reads the texts so far, anew, and puts the next token after them.
 
   Args:
     module: a decoder, or an encoder and a decoder.
     params: its parameters.
-    ids: [B S], of which [:, :length] are prompts.
-    length: 1 to padded.
-    key, temperature, top_p, top_k: as `sample` takes them.
-    padded: how much of ids is run.
-    source: [B R], of which [:, :source_length] are what the encoder reads; None without one.
-
-  Returns:
-    ids with a token at [:, length], and the cache of S tokens.
+    state: not usable afterwards.
+    sampling: a `sampling.Sampling`.
+    ends: [E], tokens that end a row; E may be 0.
+    source: [B/copies R], what the encoder reads; None without one.
+    lengths: [B/copies], how much of each row of the source is real.
+    padded: how much of ids is run; `at` or more.
+    copies: how many neighbours are the same text, which is read once for all of them.
   """
-  B, S = ids.shape
-  real = lambda n, of: jnp.broadcast_to(jnp.arange(n)[None] < of, (B, n))
-  R = 0 if source is None else source.shape[1]
-  cache = empty_cache(module.config, B, S, R)
-  read = () if source is None else (source, real(R, source_length))
-  logits, cache = module.apply({'params': params}, ids[:, :padded], cache, 0, length - 1,
-                               real(padded, length), *read, method=logits_at)
-  token = sample(logits, fold(key, length), temperature, top_p, top_k)
-  return put(ids, token, length), cache
+  logits, cache = read(module, params, state.ids[::copies], state.start[::copies], state.at,
+                       source, lengths, padded)
+  if copies > 1:
+    logits, cache = jnp.repeat(logits, copies, axis=0), repeated(module.config, cache, copies)
+  if sampling.repetition_penalty is not None:
+    state = state.replace(seen=tokens_of(state, module.config.vocabulary))
+  return written(state.replace(cache=cache), logits, sampling, ends)
 
 
-@functools.partial(jax.jit, static_argnames=('module', 'top_k'), donate_argnames=('ids', 'cache'))
-def decode(module, params, ids, cache, at, end, key, temperature, top_p, eos, *, top_k):
-  """Puts tokens at [:, at:end], one at a time, until each row has an end token.
+@functools.partial(jax.jit, static_argnames=('module',), donate_argnames=('state',))
+def decode(module, params, state, end, sampling, ends):
+  """Puts tokens at [:, at:end], one at a time, until each row has ended.
 
   Args:
-    module: a decoder.
+    module: a decoder, or an encoder and a decoder.
     params: its parameters.
-    ids, cache: from `prefill`; not usable afterwards.
-    at: where the first new token goes; the token before it is not yet in the cache.
+    state: from `prefill`; not usable afterwards.
     end: S at most.
-    key, temperature, top_p, top_k: as `sample` takes them.
-    eos: [E], tokens that end a row, which is then filled with the one it had; E may be 0.
-
-  Returns:
-    ids, where the last token went plus one, and the cache.
+    sampling, ends: as in `prefill`.
   """
-  def last(ids, at):
-    return jax.lax.dynamic_slice_in_dim(ids, at - 1, 1, axis=1)             # [B 1]
-
-  def ended(token):
-    return jnp.any(token == eos[None, :], axis=-1)                          # [B]
-
-  def going(state):
-    ids, _, at = state
-    return (at < end) & ~jnp.all(ended(last(ids, at)))
-
   def step(state):
-    ids, cache, at = state
-    previous = last(ids, at)
-    logits, cache = module.apply({'params': params}, previous, cache, at - 1, 0, method=logits_at)
-    token = sample(logits, fold(key, at), temperature, top_p, top_k)
-    token = jnp.where(ended(previous), previous[:, 0], token)
-    return put(ids, token, at), cache, at + 1
-
-  ids, cache, at = jax.lax.while_loop(going, step, (ids, cache, at))
-  return ids, at, cache
+    tokens = jax.lax.dynamic_slice_in_dim(state.ids, state.at - 1, 1, axis=1)          # [B 1]
+    x, cache = module.apply({'params': params}, tokens, state.cache, state.at - 1, method='hidden')
+    logits = module.apply({'params': params}, x, method='logits')[:, 0]
+    return written(state.replace(cache=cache), logits, sampling, ends)
+  going = lambda state: (state.at < end) & ~jnp.all(state.ended)
+  return jax.lax.while_loop(going, step, state)
 
 
-def logits_at(module, tokens, cache, offset, row, mask=None, source=None, source_mask=None):
-  """Logits [B V] after `tokens[:, row]`, and the cache: no other position pays for the head."""
-  read = () if source is None else (module.encode(source, source_mask), source_mask)
-  x, cache = module.hidden(tokens, cache, offset, mask, *read)
-  return module.logits(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1))[:, 0], cache
+def read(module, params, ids, start, length, source, lengths, padded):
+  """Logits [B V] after ids[:, :length], and the cache of S tokens, as `prefill` needs them."""
+  B, S = ids.shape
+  at = jnp.arange(padded)[None]
+  mask = (start[:, None] <= at) & (at < length)
+  given = ()
+  if source is not None:
+    real = jnp.arange(source.shape[1])[None] < lengths[:, None]
+    given = (module.apply({'params': params}, source, real, method='encode'), real)
+  cache = empty_cache(module.config, B, S, 0 if source is None else source.shape[1])
+  x, cache = module.apply({'params': params}, ids[:, :padded], cache, 0, mask, *given,
+                          method='hidden')
+  last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)    # no other position needs logits
+  return module.apply({'params': params}, last, method='logits')[:, 0], cache
 
 
-def put(ids, token, at):
-  """Ids [B S] with token [B] at [:, at]."""
-  token = token[:, None].astype(ids.dtype)
-  return jax.lax.dynamic_update_slice_in_dim(ids, token, at, axis=1)
+def written(state, logits, sampling, ends):
+  """The State with the next token of each row, of logits [B V]."""
+  keys = None if state.keys is None else jax.vmap(jax.random.fold_in, (0, None))(
+      state.keys, state.at - state.first)
+  token = sample(logits, keys, sampling, state.seen)
+  last = jax.lax.dynamic_slice_in_dim(state.ids, state.at - 1, 1, axis=1)[:, 0]
+  token = jnp.where(state.ended, last, token)
+  rows = jnp.arange(token.shape[0])
+  return state.replace(
+      ids=jax.lax.dynamic_update_slice_in_dim(state.ids, token[:, None], state.at, axis=1),
+      at=state.at + 1, ended=state.ended | among(token, ends),
+      seen=None if state.seen is None else state.seen.at[rows, token].set(True))
 
 
-def fold(key, at):
-  """The key of one position; None stays None."""
-  return None if key is None else jax.random.fold_in(key, at)
+def among(tokens, ends):
+  """Which of tokens [...] are in ends [E]."""
+  return jnp.any(tokens[..., None] == ends.reshape((1,) * tokens.ndim + (-1,)), axis=-1)
+
+
+def tokens_of(state, vocabulary):
+  """[B V] bool: the tokens that each row of a State has so far."""
+  B, S = state.ids.shape
+  at = jnp.arange(S)[None]
+  real = (state.start[:, None] <= at) & (at < state.at)
+  return jnp.zeros((B, vocabulary), bool).at[jnp.arange(B)[:, None], state.ids].max(real)
+
+
+def repeated(config, cache, copies):
+  """The cache with each row as often as `copies` says."""
+  return jax.tree.map(lambda x, axis: jnp.repeat(x, copies, axis), cache, batch_axes(config))
+
+
+@functools.lru_cache
+def batch_axes(config):
+  """A tree like a cache, of the axes along which its arrays have the rows of a batch."""
+  two, three = (jax.eval_shape(lambda B=B: empty_cache(config, B, 1, 1)) for B in (2, 3))
+  differs = lambda a, b: next(k for k, (m, n) in enumerate(zip(a.shape, b.shape)) if m != n)
+  return jax.tree.map(differs, two, three)

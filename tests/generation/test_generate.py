@@ -6,7 +6,8 @@ import pytest
 from lean_jax.errors import InputError
 from lean_jax.generation import generate
 from lean_jax.generation.loop import bucket, decode, prefill
-from lean_jax.generation.sampling import sample
+from lean_jax.generation.sampling import Sampling
+from lean_jax.generation.writer import Writer
 from lean_jax.interop.hf import load_hf
 from lean_jax.models.decoder import Decoder, DecoderConfig
 
@@ -56,6 +57,18 @@ def test_a_batch_is_its_rows(model):
   np.testing.assert_array_equal(generate(*model, prompts, tokens=5), rows)
 
 
+def test_a_batch_of_different_lengths_is_its_rows(model):
+  prompts = [[5], np.arange(17) * 7 % 64, [9, 8, 7]]
+  rows = [generate(*model, row, tokens=6) for row in prompts]
+  np.testing.assert_array_equal(generate(*model, prompts, tokens=6), rows)
+  assert len({tuple(row) for row in np.array(rows)}) == 3
+
+
+def test_the_context_counts_real_tokens(model):
+  out = generate(*model, [np.arange(60), [1, 2]], tokens=4)
+  np.testing.assert_array_equal(out[1], generate(*model, [1, 2], tokens=4))
+
+
 def test_text_ends_with_its_end_token_and_rows_are_filled_with_it(model):
   prompts = np.array([[1, 2, 3], [9, 8, 7]])
   full = generate(*model, prompts, tokens=8)
@@ -81,23 +94,55 @@ def test_narrow_sampling_is_greedy(model):
     np.testing.assert_array_equal(generate(*model, [1, 2], tokens=6, **how), greedy)
 
 
-@pytest.mark.parametrize(('top_p', 'top_k', 'expected'), [
-    (None, None, [.5, .3, .15, .05]), (None, 2, [.625, .375, 0, 0]), (.7, None, [.625, .375, 0, 0]),
-    (.81, 9, [10 / 19, 6 / 19, 3 / 19, 0]), (1., 1, [1, 0, 0, 0])])
-def test_samples_have_the_probabilities_of_what_is_kept(top_p, top_k, expected):
-  n = 20_000
-  logits = jnp.tile(jnp.log(jnp.array([[.5, .3, .15, .05]])), (n, 1))
-  ids = sample(logits, jax.random.key(0), 1., top_p, top_k)
-  # Five standard deviations of a share of n draws at worst.
-  np.testing.assert_allclose(np.bincount(ids, minlength=4) / n, expected, atol=5 * .5 / n ** .5)
-
-
 def test_close_lengths_share_their_programs(model):
   generate(*model, [1, 2], tokens=3)
   before = prefill._cache_size(), decode._cache_size()
   generate(*model, [1, 2, 3, 4, 5], tokens=9)
   assert (prefill._cache_size(), decode._cache_size()) == before
   assert [bucket(n, 48) for n in (1, 16, 17, 33, 48)] == [16, 16, 32, 48, 48]
+
+
+def test_several_texts_of_a_prompt_differ_and_come_together(model):
+  prompts = [[1, 2, 3], [4]]
+  out = generate(*model, prompts, tokens=5, temperature=2., key=jax.random.key(0), n=3)
+  assert out.shape == (2, 3, 5)
+  assert len({tuple(row) for row in out.reshape(6, 5)}) == 6
+  one = generate(*model, prompts[0], tokens=5, temperature=2., key=jax.random.key(0), n=3)
+  np.testing.assert_array_equal(one, out[0])
+
+
+def test_samples_of_a_row_do_not_depend_on_other_rows(model):
+  how = dict(tokens=5, temperature=2., key=jax.random.key(1))
+  alone = generate(*model, [[1, 2, 3]], **how)
+  both = generate(*model, [[1, 2, 3], np.arange(9)], **how)
+  np.testing.assert_array_equal(alone[0], both[0])
+
+
+def test_a_repetition_penalty_counts_prompt_and_text_and_no_padding(model):
+  free = generate(*model, [[7, 7, 7], [3]], tokens=12)
+  out = generate(*model, [[7, 7, 7], [3]], tokens=12, repetition_penalty=1e6)
+  assert any(len(set(row)) < 12 for row in free.tolist())
+  for row, prompt in zip(out.tolist(), (7, 3)):
+    assert len({*row, prompt}) == 13
+  alone = generate(*model, [3], tokens=12, repetition_penalty=1e6)
+  np.testing.assert_array_equal(alone, out[1])
+
+
+def test_stacked_layers_and_written_out_ones_write_the_same(model, monkeypatch):
+  out = generate(*model, [1, 2, 3], tokens=6)
+  monkeypatch.setattr('lean_jax.generation.writer.DEEPEST', 0)
+  np.testing.assert_array_equal(generate(*model, [1, 2, 3], tokens=6), out)
+
+
+def test_the_loop_updates_its_cache_in_place(model):
+  writer = Writer(*model, [np.arange(16)], tokens=40)
+  writer.advance(1)
+  program = decode.lower(writer.module, writer.params, writer.state, 50, Sampling(),
+                         np.zeros((0,), np.int32)).compile()
+  memory = program.memory_analysis()
+  cache = sum(x.nbytes for x in jax.tree.leaves(writer.state.cache))
+  assert memory.alias_size_in_bytes >= cache
+  assert memory.temp_size_in_bytes < cache
 
 
 @pytest.mark.parametrize(('change', 'message'), [
@@ -112,9 +157,11 @@ def test_close_lengths_share_their_programs(model):
     (dict(temperature=-1.), 'temperature -1.0'),
     (dict(temperature=float('nan')), 'temperature nan'),
     (dict(temperature=1.), 'give a key'),
+    (dict(prompt_ids=[[1], []]), r'shape \(0,\)'),
+    (dict(prompt_ids=[[1], [99]]), '99 to 99'),
     (dict(top_k=0), 'top_k 0'),
-    (dict(top_p=0.), 'top_p 0.0'),
-    (dict(top_p=1.1), 'top_p 1.1'),
+    (dict(n=0, temperature=1., key=1), 'n 0'),
+    (dict(n=2), 'n 2 texts at temperature 0'),
 ])
 def test_what_cannot_be_generated_is_said_in_one_line(model, change, message):
   with pytest.raises(InputError, match=message) as error:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lean_jax.generation import generate
-from lean_jax.generation.continuation import stops
+from lean_jax.generation.writer import renewals
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.rope import Rope
@@ -60,9 +60,8 @@ def test_a_row_that_ended_before_stays_ended():
 
 
 def test_a_cache_is_made_anew_once_and_only_where_it_must_be():
-  assert stops(CONFIG, 3, 20) == [ORIGINAL + 1, 20]
-  assert stops(CONFIG, ORIGINAL, 20) == [ORIGINAL + 1, 20]
-  assert stops(CONFIG, ORIGINAL + 1, 20) == [20]
-  assert stops(CONFIG, 3, ORIGINAL + 1) == [ORIGINAL + 1]
-  assert stops(CONFIG, 3, ORIGINAL + 2) == [ORIGINAL + 1, ORIGINAL + 2]
-  assert stops(CONFIG, 3, 3) == []
+  assert renewals(CONFIG, 3, 20) == [ORIGINAL + 1]
+  assert renewals(CONFIG, ORIGINAL, 20) == [ORIGINAL + 1]
+  assert renewals(CONFIG, ORIGINAL + 1, 20) == []
+  assert renewals(CONFIG, 3, ORIGINAL + 1) == []
+  assert renewals(CONFIG, 3, ORIGINAL + 2) == [ORIGINAL + 1]

@@ -56,6 +56,20 @@ def test_a_batch_is_its_rows_and_sources_differ(params):
   assert len({tuple(row) for row in out.tolist()}) == 3
 
 
+def test_sources_of_different_lengths_are_read_as_each_alone(params):
+  sources = [SOURCES[0], SOURCES[1, :2], SOURCES[2, :5]]
+  out = write(params, sources, tokens=6)
+  np.testing.assert_array_equal([write(params, row, tokens=6) for row in sources], out)
+
+
+def test_several_targets_of_a_source_differ(params):
+  out = write(params, SOURCES[:2], tokens=6, temperature=2., key=jax.random.key(0), n=3)
+  assert out.shape == (2, 3, 6)
+  assert len({tuple(row) for row in out.reshape(6, 6)}) == 6
+  one = write(params, SOURCES[0], tokens=6, temperature=2., key=jax.random.key(0), n=3)
+  np.testing.assert_array_equal(one, out[0])
+
+
 def test_a_target_ends_with_its_end_token(params):
   whole = write(params, tokens=8)
   end = whole[0, 2]

@@ -1,0 +1,129 @@
+"""Texts that are written some tokens at a time: what the compiled programs need around them."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lean_jax import tree
+from lean_jax.generation import loop
+from lean_jax.generation.prompts import begun, check_length
+from lean_jax.generation.sampling import Sampling
+from lean_jax.models.segments import configured, converted
+
+WRITTEN_OUT = 1 << 30         # bytes of weights, and
+DEEPEST = 24                  # layers, up to which `written_out` pays
+
+
+class Writer:
+  """Continues prompts, or writes targets of sources.
+
+  Attributes:
+    at: the place of the next token.
+    end: the place after the last one.
+    ended: [rows] bool, which rows are at their end.
+  """
+
+  def __init__(self, module, params, prompts, *, tokens, sampling=None, ends=(), key=None,
+               copies=1):
+    """Reads nothing yet.
+
+    Args:
+      module: a decoder, or an encoder and a decoder.
+      params: its parameters, of any kinds of weights.
+      prompts: a list of ids, [T] each, that `checked_prompts` let pass; the sources of an encoder.
+      tokens: how many are written at most.
+      sampling: a `sampling.Sampling`; None takes the most probable tokens.
+      ends: tokens that end a row.
+      key: a jax PRNG key; needed where something is sampled.
+      copies: rows of each prompt, neighbours.
+
+    Raises:
+      InputError: more tokens than the context has.
+    """
+    self.module, self.params = written_out(module, params)
+    self.config = module.config
+    source, beginnings = begun(module, prompts)
+    longest = max(map(len, beginnings))
+    self._given = {} if source is None else dict(zip(('source', 'lengths'), source))
+    self.begin = longest if source is None else 1          # the place of the first token given out
+    self.at, self.end = longest, self.begin + tokens
+    check_length(longest if source is None else 1, tokens, self.config.context)
+    self._renewals = renewals(self.config, longest, self.end)
+    self._unread = {longest, *self._renewals}
+    self._sampling, self._copies = sampling or Sampling(), copies
+    self._ends = np.asarray(ends, np.int32).reshape(-1)
+    greedy = self._sampling.temperature is None
+    self.state = loop.begin([b for b in beginnings for _ in range(copies)],
+                            self._room(), None if greedy else key)
+    self.ended = np.zeros((len(prompts) * copies,), bool)
+
+  def _room(self):
+    return loop.bucket(self.end, self.config.context)
+
+  def advance(self, count=None):
+    """Writes `count` more tokens a row, or all; fewer where all rows end.
+
+    Returns:
+      whether there is more to write.
+    """
+    end = self.end if count is None else min(self.end, self.at + count)
+    while self.at < end and not self.ended.all():
+      if self.at in self._unread:
+        self._unread.remove(self.at)
+        self._read()
+      else:
+        self._write(min([end, *(n for n in self._renewals if n > self.at)]))
+      self.at, self.ended = int(self.state.at), np.array(self.state.ended)
+    return self.at < self.end and not self.ended.all()
+
+  def stop(self, rows):
+    """Ends rows [rows] bool, whatever their last token."""
+    self.ended = self.ended | rows
+    self.state = self.state.replace(ended=jnp.asarray(self.ended))
+
+  def ids(self):
+    """[rows n], int32: the tokens so far, without the prompts; rows that ended are filled up."""
+    out = np.array(self.state.ids)[:, self.begin:min(self.at, self.end)]
+    last = getattr(self.config, 'last', None)
+    if last is not None and self.at >= self.end:
+      out[:, -1] = np.where(np.isin(out[:, :-1], self._ends).any(axis=1), out[:, -1], last)
+    return out
+
+  def _read(self):
+    first = self.at == int(self.state.first)
+    padded = self.at if self._given else min(
+        loop.bucket(self.at, self.config.context), self.state.ids.shape[1])
+    self.state = loop.prefill(
+        self.module, self.params, self.state, self._sampling, self._ends, **self._given,
+        padded=padded, copies=self._copies if first else 1)
+
+  def _write(self, end):
+    self.state = loop.decode(self.module, self.params, self.state, end, self._sampling, self._ends)
+
+
+def renewals(config, start, end):
+  """The places from `start` to `end` at which the cache is made anew for the tokens after.
+
+  It is once a sequence is longer than one of `StackConfig.renewals`.
+  """
+  return [n + 1 for n in config.decoding.renewals if start <= n < end - 1]
+
+
+def written_out(module, params):
+  """The module and params with each layer by itself, where that pays.
+
+  Inside a loop over tokens, XLA copies a layer's weights out of a stack of layers for every token.
+  Written-out layers are copied once, and need that much memory more: models that are large or deep,
+  whose programs take long to compile, stay as they are.
+  """
+  config = module.config
+  layers = sum(stack.layers for stack in config.stacks.values())
+  if not config.scan_layers or layers > DEEPEST or tree.nbytes(params) > WRITTEN_OUT:
+    return module, params
+  return configured(config, scan_layers=False).module, _written_out(config, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _written_out(config, params):
+  return converted(config, params, False)[1]
