@@ -60,5 +60,5 @@ def begun(module, prompts):
   source = np.zeros((len(prompts), bucket(longest, c.encoder.context)), np.int32)
   for row, prompt in zip(source, prompts):
     row[:len(prompt)] = prompt
-  start = [c.start] if c.first is None else [c.start, c.first]
-  return (jnp.asarray(source), jnp.array(lengths, jnp.int32)), [np.array(start, np.int32)] * len(prompts)
+  start = np.array([c.start] if c.first is None else [c.start, c.first], np.int32)
+  return (jnp.asarray(source), jnp.array(lengths, jnp.int32)), [start] * len(prompts)
