@@ -1,5 +1,6 @@
 """Gemma 2."""
 from tests.interop.parity import VOCABULARY, Row
+from tests.interop.rows.gemma import quieter
 
 SMALL = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=4,
              num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=64,
@@ -8,7 +9,8 @@ SMALL = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hi
 
 
 def row(what, **kw):
-  return Row('gemma2', what, lambda t: t.Gemma2Config(**SMALL | kw), 'Gemma2ForCausalLM')
+  return Row('gemma2', what, lambda t: t.Gemma2Config(**SMALL | kw), 'Gemma2ForCausalLM',
+             tweak=quieter)
 
 
 ROWS = [

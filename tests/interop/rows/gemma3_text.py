@@ -1,5 +1,6 @@
 """Gemma 3's text models."""
 from tests.interop.parity import VOCABULARY, Row
+from tests.interop.rows.gemma import quieter
 
 SMALL = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=7,
              num_attention_heads=4, num_key_value_heads=1, head_dim=12, max_position_embeddings=64,
@@ -11,7 +12,7 @@ DEFAULT = dict(rope_type='default', rope_theta=100.)
 
 def row(what, **kw):
   return Row('gemma3_text', what, lambda t: t.Gemma3TextConfig(**SMALL | kw),
-             'Gemma3ForCausalLM')
+             'Gemma3ForCausalLM', tweak=quieter)
 
 
 ROWS = [
