@@ -73,8 +73,11 @@ class Model:
         the token after each of these.
 
     Raises:
-      InputError: decoder_tokens are given to another model, or not to such a one.
+      InputError: decoder_tokens are given to another model, or not to such a one; or token_types
+        to a model that has none.
     """
+    if token_types is not None and not getattr(self.config, 'token_types', 0):
+      raise InputError(f'a {self.family.model_type} has no token_types; give tokens alone')
     wanted = 'decoder_tokens' in self.module.inputs
     if wanted != (decoder_tokens is not None):
       raise InputError(f'a {self.family.model_type} needs decoder_tokens, the target; give them'

@@ -9,8 +9,8 @@ def padded(rows, batch, context):
 
   Args:
     rows: [(ids [T], types [T])].
-    batch: rows of a batch; a last one that is smaller is filled up with rows of no token, to a
-      power of two.
+    batch: rows of a batch, or the next power of two if all are fewer; the last one is filled up
+      with rows of no token.
     context: the longest row there may be.
 
   Yields:
@@ -19,10 +19,10 @@ def padded(rows, batch, context):
   """
   lengths = np.array([len(ids) for ids, _ in rows], np.int64)
   order = np.argsort(-lengths, kind='stable')
+  B = min(batch, power(len(rows)))
   for start in range(0, len(order), batch):
     of = order[start:start + batch]
-    B = min(batch, 1 << (len(of) - 1).bit_length())
-    T = min(context, max(LEAST, 1 << (int(lengths[of].max(initial=1)) - 1).bit_length()))
+    T = min(context, max(LEAST, power(lengths[of].max())))
     out = dict(tokens=np.zeros((B, T), np.int32), mask=np.zeros((B, T), bool),
                token_types=np.zeros((B, T), np.int32))
     for row, k in enumerate(of):
@@ -30,3 +30,8 @@ def padded(rows, batch, context):
       out['tokens'][row, :n], out['token_types'][row, :n] = rows[k]
       out['mask'][row, :n] = True
     yield of, out
+
+
+def power(n):
+  """The power of two from n up."""
+  return 1 << (int(n) - 1).bit_length() if n > 1 else 1
