@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from lean_jax import files
-from lean_jax.data import reading
+from lean_jax.data import chat, reading
 from lean_jax.data.wordpiece import wordpiece
 from lean_jax.errors import InputError
 
@@ -26,12 +26,19 @@ class Tokenizer:
   Attributes:
     backend: the rules, a `tokenizers.Tokenizer` that neither truncates nor pads.
     bos, eos: ids that begin and end a document; None where the tokenizer has none.
-    settings: the rest of tokenizer_config.json, kept for `save`.
+    settings: the rest of tokenizer_config.json, kept for `save`: chat templates, other special
+      tokens.
+    ends: ids that end what a model writes, `eos` first; a chat's turns have one of their own.
   """
   backend: tokenizers.Tokenizer
   bos: int | None = None
   eos: int | None = None
   settings: dict = dataclasses.field(default_factory=dict)
+  ends: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    given = self.ends if self.eos is None else (self.eos, *self.ends)
+    object.__setattr__(self, 'ends', tuple(dict.fromkeys(given)))
 
   @property
   def size(self) -> int:
@@ -86,6 +93,33 @@ class Tokenizer:
       raise InputError(f'ids from {ids.min()} to {ids.max()} to decode; the tokenizer has 0 to '
                        f'{self.size - 1}')
     return self.backend.decode(ids.tolist(), skip_special_tokens=not special)
+
+  def chat(self, messages, *, template: str | None = None, reply: bool = True, **values) -> str:
+    """The text of a conversation, special tokens and all: `encode` gives its ids.
+
+    Args:
+      messages: dicts, each with a 'role', 'user' or the like, and a 'content'.
+      template: the name of one of the tokenizer's templates, or a template; None is the default,
+        or the one for tools where they are given.
+      reply: whether the head of the assistant's next message follows.
+      values: tools, documents, and any other names that the template reads.
+
+    Raises:
+      InputError: the tokenizer has no such template, or it refuses the messages.
+    """
+    known = chat.templates(self.settings)
+    if template is None:
+      template = 'tool_use' if values.get('tools') and 'tool_use' in known else 'default'
+    if template not in known and '{' not in template:
+      raise InputError(
+          f'the tokenizer has no chat template {template!r}, it has: {", ".join(known)}; name one'
+          if known else 'the tokenizer has no chat template: its model was not trained on '
+          'conversations; give a prompt, or a template')
+    special = chat.special_tokens(self.settings) | {
+        f'{kind}_token': self.backend.id_to_token(id)
+        for kind, id in (('bos', self.bos), ('eos', self.eos)) if id is not None}
+    return chat.rendered(known.get(template, template), messages, special=special, reply=reply,
+                         **values)
 
   def bytes_of(self, text, count) -> int:
     """The UTF-8 bytes of a text that its first `count` tokens cover."""
@@ -192,7 +226,8 @@ def load_tokenizer(path) -> Tokenizer:
               ('tokenizer_config.json', 'special_tokens_map.json',
                'generation_config.json', 'config.json')]
   bos, eos = (special(backend, settings, kind, file) for kind in ('bos', 'eos'))
-  return Tokenizer(backend, bos, eos, settings[0])
+  own = chat.with_files(file.parent, settings[1] | settings[0]) if named else {}
+  return Tokenizer(backend, bos, eos, own, ends(settings[2:]))
 
 
 def of_vocabulary(folder):
@@ -200,6 +235,15 @@ def of_vocabulary(folder):
   settings = described(folder / 'tokenizer_config.json')
   kind = described(folder / 'config.json').get('model_type')
   return Tokenizer(wordpiece(folder / 'vocab.txt', settings, kind), settings=settings)
+
+
+def ends(settings):
+  """The ids of eos_token_id in these settings: one, or several where a turn has its own end."""
+  given = [setting.get('eos_token_id') for setting in settings]
+  ids = [id for ids in given if ids is not None for id in (ids if isinstance(ids, list) else [ids])]
+  if not all(isinstance(id, int) for id in ids):
+    raise InputError(f'eos_token_id {given}; it is an id or a list of ids, download the model again')
+  return tuple(ids)
 
 
 def described(path):
