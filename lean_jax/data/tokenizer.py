@@ -242,7 +242,7 @@ def ends(settings):
   given = [setting.get('eos_token_id') for setting in settings]
   ids = [id for ids in given if ids is not None for id in (ids if isinstance(ids, list) else [ids])]
   if not all(isinstance(id, int) for id in ids):
-    raise InputError(f'eos_token_id {given}; it is an id or a list of ids, download the model again')
+    raise InputError(f'eos_token_id {given}; it is an id or a list of ids; download it again')
   return tuple(ids)
 
 

@@ -80,12 +80,13 @@ def read(family, config, like, stored, dtype, shardings):
 
 
 def read_config(folder):
-  """config.json, with what generation_config.json, if there is one, says of targets' tokens."""
+  """config.json, with what generation_config.json says of tokens that begin and end a text."""
   hf, path = tensors.read_json(folder / 'config.json'), folder / 'generation_config.json'
   if not path.exists():
     return hf
   given = tensors.read_json(path)
-  here = {k: given[k] for k in (*_FORCED, 'decoder_start_token_id') if k in given}
+  here = {k: given[k] for k in (*_FORCED, 'decoder_start_token_id', 'eos_token_id')
+          if k in given}
   return hf | {k: None for k in _FORCED if k in hf} | here
 
 
