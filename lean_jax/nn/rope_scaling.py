@@ -2,8 +2,8 @@
 
 Each kind has `frequencies(theta, width, length)`, [R/2] in radians a position, of a rotated width R
 and the sequence's length so far (traced), and `amplitude`, what cosines and sines are multiplied
-by. Constants are computed in float32, as everywhere: a rounding of a frequency grows with the
-position, and models were trained with it.
+by. Exponents and frequencies are rounded to float32, as where models were trained: the error of a
+frequency grows with the position.
 """
 import dataclasses
 import math
@@ -15,7 +15,8 @@ import numpy as np
 def waves(theta, width, over=None):
   """theta ** (k / over), k = 0, 2, ... below the width; `over` is the width if None."""
   exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(over or width)
-  return np.float32(theta) ** exponents
+  # numpy's power of float32 is 2 units in the last place off: .005 radians at position 131072.
+  return (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def plain(theta, width):
@@ -143,7 +144,7 @@ class Llama3:
   def frequencies(self, theta, width, length):
     del length
     near = plain(theta, width)
-    turns = self.original * near / np.float32(2 * math.pi)              # within `original` tokens
+    turns = np.float32(self.original) / (np.float32(2 * math.pi) / near)     # within `original`
     left = np.clip((turns - np.float32(self.low)) / np.float32(self.high - self.low), 0, 1)
     return (1 - left) * near / np.float32(self.factor) + left * near
 

@@ -69,6 +69,18 @@ def test_each_kind_is_that_of_transformers_and_is_written_back(what):
         np.testing.assert_allclose(ours(found[0], length), theirs(source, length), atol=3e-5)
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', ['default', 'linear', 'yarn', 'llama3'])
+def test_far_positions_are_those_of_transformers(kind):
+  scaling = dict(rope_type=kind) | CASES[kind][0]
+  if kind in ('yarn', 'llama3'):
+    scaling['original_max_position_embeddings'] = 8192
+  hf = dict(max_position_embeddings=2 ** 17, rope_theta=5e5, rope_scaling=scaling)
+  # A frequency's last place is 1e-4 radians here, or less.
+  for a, b in zip(ours(ropes(hf, K)[0], 2 ** 17), theirs(hf, 2 ** 17)):
+    np.testing.assert_allclose(a[-8:], b[-8:], atol=2e-4)
+
+
 def test_the_length_of_training_beside_the_object_counts():
   llama = dict(rope_type='llama3', factor=8, low_freq_factor=1, high_freq_factor=4)
   hf = HF | dict(rope_scaling=llama)
