@@ -17,6 +17,14 @@ import pytest
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """A file's tests run in one process, which then compiles once what they share."""
+  for item in items:
+    if item.get_closest_marker('xdist_group') is None:
+      item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture
 def real_data():
   """The folder of real data that LEAN_JAX_DATA names; without it the test skips."""

@@ -11,8 +11,9 @@ from tests.interop.rows import ROWS
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
-# A row's checks follow each other, so that its model is made once.
-CASES = [pytest.param(row, check, id=f'{row.id}-{check.__name__.removeprefix("check_")}')
+# A row's checks follow each other in one process, so that its model is made once.
+CASES = [pytest.param(row, check, id=f'{row.id}-{check.__name__.removeprefix("check_")}',
+                      marks=pytest.mark.xdist_group(row.id))
          for row in ROWS for check in row.checks or CHECKS.values()]
 
 

@@ -9,9 +9,10 @@ def test_every_family_is_here():
   assert set(matrix.CONFIGS) == set(FAMILIES)
 
 
-# The methods of a family follow each other, so that its model is made once.
+# The methods of a family follow each other in one process, so that its model is made once.
 @pytest.mark.parametrize('method', [*matrix.STEPS, 'distill'])
-@pytest.mark.parametrize('family', matrix.CONFIGS)
+@pytest.mark.parametrize('family', [
+    pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in matrix.CONFIGS])
 def test_a_method_works_on_a_family(family, method):
   if method == 'distill':
     matrix.check_distill(family)
