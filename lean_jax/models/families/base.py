@@ -233,22 +233,3 @@ def head_shape(hf):
     raise InputError(f'config.json has {heads} heads, {groups} key and value heads and a head '
                      f'width of {head_width}; the second must divide the first, the last be even')
   return dict(width=width, heads=heads, groups=groups, head_width=head_width)
-
-
-def rope_theta(hf):
-  """The base of plain rotary frequencies, as transformers 4 or 5 spells it.
-
-  Raises:
-    InputError: the frequencies are scaled, or differ between layers.
-  """
-  scaling, rope = hf.get('rope_scaling') or {}, hf.get('rope_parameters') or {}
-  for key, given in (('rope_scaling', scaling), ('rope_parameters', rope)):
-    if not isinstance(given, dict):
-      raise InputError(f'config.json has {key} = {given!r}, expected an object; download it again')
-    kind = given.get('rope_type', given.get('type', 'default'))
-    plain = all(not isinstance(v, (dict, list)) for v in given.values())
-    if kind != 'default' or given.get('partial_rotary_factor', 1) != 1 or not plain:
-      raise InputError(f'config.json asks for {key} = {given}, which lean_jax does not compute; '
-                       'give a model with rope_type default')
-  thetas = [d['rope_theta'] for d in (rope, scaling, hf) if d.get('rope_theta') is not None]
-  return positive(dict(rope_theta=[*thetas, 10_000.][0]), 'rope_theta', float)
