@@ -6,7 +6,8 @@ from lean_jax.generation.writer import Writer
 
 
 def generate(module, params, prompt_ids, *, tokens, temperature=0., top_k=None, top_p=None,
-             min_p=None, repetition_penalty=None, eos=None, key=None, n=1):
+             min_p=None, repetition_penalty=None, eos=None, key=None, n=1, draft=None,
+             ahead=4):
   """The ids that follow prompts; of an encoder and a decoder, the targets of sources.
 
   Args:
@@ -23,6 +24,8 @@ def generate(module, params, prompt_ids, *, tokens, temperature=0., top_k=None, 
       and the row's prompt, not on the other rows (but where frequencies of positions depend on the
       length, the longest row decides).
     n: texts of each prompt.
+    draft: (module, params) of a smaller decoder with the same tokens, which proposes `ahead` tokens
+      at a time: see `speculative`.
 
   Returns:
     int32 [t], of several prompts [B t], t <= tokens, without the prompt, or without the target's
@@ -39,7 +42,7 @@ def generate(module, params, prompt_ids, *, tokens, temperature=0., top_k=None, 
                      'jax.random.key(seed)')
   check_copies(n, temperature)
   writer = Writer(module, params, prompts, tokens=tokens, sampling=sampling, key=key, copies=n,
-                  ends=() if eos is None else eos)
+                  ends=() if eos is None else eos, draft=draft, ahead=ahead)
   writer.advance()
   out = writer.ids()
   out = out.reshape(len(prompts), n, -1) if n > 1 else out

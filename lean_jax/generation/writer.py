@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import tree
-from lean_jax.generation import loop
+from lean_jax.generation import loop, speculative
 from lean_jax.generation.prompts import begun, check_length
 from lean_jax.generation.sampling import Sampling
 from lean_jax.models.segments import configured, converted
@@ -25,7 +25,7 @@ class Writer:
   """
 
   def __init__(self, module, params, prompts, *, tokens, sampling=None, ends=(), key=None,
-               copies=1):
+               copies=1, draft=None, ahead=4):
     """Reads nothing yet.
 
     Args:
@@ -37,9 +37,11 @@ class Writer:
       ends: tokens that end a row.
       key: a jax PRNG key; needed where something is sampled.
       copies: rows of each prompt, neighbours.
+      draft: (module, params) of a smaller decoder with the same tokens, see `speculative`.
+      ahead: tokens that it drafts at a time.
 
     Raises:
-      InputError: more tokens than the context has.
+      InputError: more tokens than the context has, or a draft that does not fit.
     """
     self.module, self.params = written_out(module, params)
     self.config = module.config
@@ -53,13 +55,16 @@ class Writer:
     self._unread = {longest, *self._renewals}
     self._sampling, self._copies = sampling or Sampling(), copies
     self._ends = np.asarray(ends, np.int32).reshape(-1)
+    self._small, self._ahead, self._draft = None, ahead, None
+    if draft is not None:
+      speculative.check(module, draft[0], longest, self.end, ahead)
+      self._small = written_out(*draft)
     greedy = self._sampling.temperature is None
-    self.state = loop.begin([b for b in beginnings for _ in range(copies)],
-                            self._room(), None if greedy else key)
+    ahead = 0 if draft is None else ahead
+    room = loop.bucket(self.end + ahead, self.config.context)
+    self.state = loop.begin([b for b in beginnings for _ in range(copies)], room,
+                            None if greedy else key)
     self.ended = np.zeros((len(prompts) * copies,), bool)
-
-  def _room(self):
-    return loop.bucket(self.end, self.config.context)
 
   def advance(self, count=None):
     """Writes `count` more tokens a row, or all; fewer where all rows end.
@@ -85,21 +90,40 @@ class Writer:
   def ids(self):
     """[rows n], int32: the tokens so far, without the prompts; rows that ended are filled up."""
     out = np.array(self.state.ids)[:, self.begin:min(self.at, self.end)]
+    ends = np.isin(out, self._ends)
+    if ends.any(axis=1).all():                       # drafts go on past the last end
+      out = out[:, :1 + ends.argmax(axis=1).max()]
     last = getattr(self.config, 'last', None)
     if last is not None and self.at >= self.end:
       out[:, -1] = np.where(np.isin(out[:, :-1], self._ends).any(axis=1), out[:, -1], last)
     return out
 
+  @property
+  def drafts(self):
+    """How many tokens were drafted, and how many of them were kept."""
+    return (0, 0) if self._draft is None else (int(self._draft.proposed), int(self._draft.kept))
+
   def _read(self):
     first = self.at == int(self.state.first)
-    padded = self.at if self._given else min(
+    size = dict(copies=self._copies if first else 1)
+    size['padded'] = self.at if self._given else min(
         loop.bucket(self.at, self.config.context), self.state.ids.shape[1])
-    self.state = loop.prefill(
-        self.module, self.params, self.state, self._sampling, self._ends, **self._given,
-        padded=padded, copies=self._copies if first else 1)
+    if self._small:
+      self._draft = speculative.opened(*self._small, self.state.ids, self.state.start,
+                                       self.state.at, **size)
+    self.state = loop.prefill(self.module, self.params, self.state, self._sampling, self._ends,
+                              **self._given, **size)
 
   def _write(self, end):
-    self.state = loop.decode(self.module, self.params, self.state, end, self._sampling, self._ends)
+    how = self._sampling, self._ends
+    if self._small:            # a draft may be written past the end, but not past the room
+      last = self.state.ids.shape[1] - self._ahead
+      if self.at < min(end, last):
+        self.state, self._draft = speculative.decode(
+            self.module, self.params, *self._small, self.state, self._draft, min(end, last), *how,
+            ahead=self._ahead)
+        return
+    self.state = loop.decode(self.module, self.params, self.state, end, *how)
 
 
 def renewals(config, start, end):
