@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     attach_lora,
     distill,
     evaluate,
+    generate,
     load,
     merge_lora,
     quantize,
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     train,
   )
 
-_API = ('Model', 'attach_lora', 'distill', 'evaluate', 'load', 'merge_lora', 'quantize', 'save',
-        'scan_layers', 'train')
+_API = ('Model', 'attach_lora', 'distill', 'evaluate', 'generate', 'load', 'merge_lora', 'quantize',
+        'save', 'scan_layers', 'train')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'attach_lora', 'distill', 'evaluate',
-           'load', 'merge_lora', 'quantize', 'save', 'scan_layers', 'train']
+           'generate', 'load', 'merge_lora', 'quantize', 'save', 'scan_layers', 'train']
 
 
 def __getattr__(name):

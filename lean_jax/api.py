@@ -20,7 +20,7 @@ from lean_jax.errors import InputError
 from lean_jax.evaluation import texts as texts_in
 from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.files import occupied, replace_folder
-from lean_jax.generation import generate as generate_ids
+from lean_jax.generation.text import generate
 from lean_jax.interop import hf, sentence, tensors
 from lean_jax.interop.hub import local_folder
 from lean_jax.models.families import Family, family_of
@@ -111,25 +111,9 @@ class Model:
     return texts_in.classify(self.module, self.params, self.tokenizer, texts, batch=batch,
                              truncate=truncate)
 
-  def generate(self, prompt: str, *, tokens: int = 64, temperature: float = 0.,
-               top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> str:
-    """The prompt and what follows it, greedy at temperature 0; stops early at the end token.
-
-    An encoder and a decoder read the prompt and write another text, which alone is given.
-
-    Raises:
-      InputError: nothing to start from, more tokens than the context, or settings out of range.
-    """
-    reads = 'decoder_tokens' in self.module.inputs
-    if not self.config.decoding.causal:
-      raise InputError(f'a {self.family.model_type} sees all tokens at once and writes none; give '
-                       'a decoder, or an encoder and a decoder')
-    head = [] if self.tokenizer.bos is None or reads else [self.tokenizer.bos]
-    ids = np.concatenate([np.array(head, np.int32), self.tokenizer.encode(prompt, special=reads)])
-    new = generate_ids(self.module, self.params, ids, tokens=tokens, temperature=temperature,
-                       top_k=top_k, top_p=top_p, eos=self.tokenizer.eos,
-                       key=jax.random.key(seed))
-    return self.tokenizer.decode(new if reads else np.concatenate([ids, new]))
+  def generate(self, prompt, **settings) -> Any:
+    """The prompt and what follows it, or an answer: `generate` says what of."""
+    return generate(self, prompt, **settings)
 
 
 def load(folder, *, dtype: str | None = None, scan_layers: bool | None = None,

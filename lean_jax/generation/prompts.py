@@ -37,7 +37,8 @@ def check_length(length, tokens, context):
     raise InputError(f'{tokens} tokens to generate; give 1 or more')
   if length + tokens > context:
     raise InputError(f'a prompt of {length} tokens and {tokens} to generate are {length + tokens}, '
-                     f'the context has {context}; shorten the prompt or generate fewer')
+                     f'the context has {context}; shorten or truncate the prompt, or generate '
+                     'fewer')
 
 
 def begun(module, prompts):
@@ -56,7 +57,7 @@ def begun(module, prompts):
   longest = max(lengths)
   if longest > c.encoder.context:
     raise InputError(f'a source of {longest} tokens, the model reads {c.encoder.context} at most; '
-                     'shorten it')
+                     'shorten or truncate it')
   source = np.zeros((len(prompts), bucket(longest, c.encoder.context)), np.int32)
   for row, prompt in zip(source, prompts):
     row[:len(prompt)] = prompt
