@@ -12,6 +12,7 @@ import tokenizers
 
 from lean_jax import files
 from lean_jax.data import chat, reading
+from lean_jax.data.special_tokens import completed
 from lean_jax.data.wordpiece import wordpiece
 from lean_jax.errors import InputError
 
@@ -79,7 +80,8 @@ class Tokenizer:
     long = [k for k, encoding in enumerate(found) if most is not None and len(encoding) > most]
     if long:
       backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-      if most <= max(backend.num_special_tokens_to_add(pair) for pair in (False, True)):
+      pairs = any(not isinstance(texts[k], str) for k in long)
+      if most <= backend.num_special_tokens_to_add(pairs):
         raise InputError(f'{most} tokens leave no room for a text; give more')
       backend.enable_truncation(most, direction=self.settings.get('truncation_side', 'right'))
       for k, encoding in zip(long, encoded(backend, [texts[k] for k in long], True)):
@@ -227,14 +229,16 @@ def load_tokenizer(path) -> Tokenizer:
                'generation_config.json', 'config.json')]
   bos, eos = (special(backend, settings, kind, file) for kind in ('bos', 'eos'))
   own = chat.with_files(file.parent, settings[1] | settings[0]) if named else {}
-  return Tokenizer(backend, bos, eos, own, ends(settings[2:]))
+  return Tokenizer(backend, bos, eos, completed(own, backend) if named else own,
+                   ends(settings[2:]))
 
 
 def of_vocabulary(folder):
   """The tokenizer of a folder of BERT that has a vocab.txt alone."""
   settings = described(folder / 'tokenizer_config.json')
   kind = described(folder / 'config.json').get('model_type')
-  return Tokenizer(wordpiece(folder / 'vocab.txt', settings, kind), settings=settings)
+  backend = wordpiece(folder / 'vocab.txt', settings, kind)
+  return Tokenizer(backend, settings=completed(settings, backend))
 
 
 def ends(settings):
