@@ -112,15 +112,14 @@ def _search(module, params, state, rules, source=None, lengths=None, *, beams, k
   logits, cache = loop.read(module, params, state.ids, state.start, state.at, source, lengths,
                             padded)
   x = opened(state, loop.repeated(config, cache, beams), beams)
-  starts, axes = jnp.repeat(state.start, beams), loop.batch_axes(config)
+  starts = jnp.repeat(state.start, beams)
 
   def chosen(x, logits):
     B, K, _ = x.ids.shape
     scores = scored(x, logits, starts, rules).reshape(B, K, -1)
     x, parents = advanced(x, scores, rules, kept)
     rows = (jnp.arange(B)[:, None] * K + parents).reshape(-1)
-    return x.replace(cache=jax.tree.map(
-        lambda c, axis: jnp.take(c, rows, axis, mode='clip'), x.cache, axes))
+    return x.replace(cache=loop.by_rows(config, x.cache, rows))
 
   def step(x):
     tokens = jax.lax.dynamic_slice_in_dim(x.ids, x.at - 1, 1, axis=2).reshape(-1, 1)

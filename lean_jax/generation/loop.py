@@ -155,7 +155,19 @@ def tokens_of(state, vocabulary):
 
 def repeated(config, cache, copies):
   """The cache with each row as often as `copies` says."""
-  return jax.tree.map(lambda x, axis: jnp.repeat(x, copies, axis), cache, batch_axes(config))
+  B = cache['valid'].shape[0]
+  return by_rows(config, cache, jnp.repeat(jnp.arange(B), copies))
+
+
+def by_rows(config, cache, rows):
+  """The cache with these rows [C] of a batch, in this order."""
+  B = cache['valid'].shape[0]
+
+  def one(x, axis):                      # the axis has groups of rows, or the rows alone
+    before, after = x.shape[:axis], x.shape[axis + 1:]
+    x = x.reshape(*before, -1, B, *after)
+    return jnp.take(x, rows, axis + 1, mode='clip').reshape(*before, -1, *after)
+  return jax.tree.map(one, cache, batch_axes(config))
 
 
 @functools.lru_cache

@@ -61,6 +61,7 @@ class Attention(nn.Module):
     if whole:
       y = causal_attention(q, k, v, scale)
     else:
+      k, v = grouped(k), grouped(v)
       if slot is not None:
         slot = slot.put('k', k, frame.offset).put('v', v, frame.offset)
         k, v = slot.get('k').astype(c.dtype), slot.get('v').astype(c.dtype)
@@ -99,7 +100,7 @@ class CrossAttention(nn.Module):
         name=name)(h).reshape(B, h.shape[1], n, c.head_width)
     q = into('q', x, c.heads)
     if frame.cross is not None:
-      k, v = into('k', frame.cross, c.groups), into('v', frame.cross, c.groups)
+      k, v = (grouped(into(name, frame.cross, c.groups)) for name in 'kv')
       if slot is not None:
         slot = slot.set('cross_k', k).set('cross_v', v)
     else:
@@ -112,15 +113,27 @@ class CrossAttention(nn.Module):
 
 
 def state_shapes(config, batch, length):
-  """{name: (shape, dtype)} of a layer's keys and values of `length` tokens."""
-  shape = (batch, length, config.groups, config.head_width)
+  """{name: (shape, dtype)} of a layer's keys and values of `length` tokens, as `grouped` has them.
+  """
+  shape = (config.groups * batch, length, config.head_width)
   return dict(k=(shape, config.dtype), v=(shape, config.dtype))
 
 
 def cross_state_shapes(config, batch, source):
   """The same of the keys and values of an encoder's `source` tokens."""
-  shape = (batch, source, config.groups, config.head_width)
+  shape = (config.groups * batch, source, config.head_width)
   return dict(cross_k=(shape, config.dtype), cross_v=(shape, config.dtype))
+
+
+def grouped(x):
+  """Keys or values [B S G K], each group's tokens together: [G*B S K].
+
+  A product of each with its queries reads them as they are. Of any other layout, XLA:CPU makes a
+  copy for every token that is generated; of this one where G * B is 1, whose product it makes one
+  of matrices.
+  """
+  B, S, G, K = x.shape
+  return x.transpose(2, 0, 1, 3).reshape(G * B, S, K)
 
 
 def attend(q, k, v, visible, *, scale=None, softcap=None, sinks=None, bias=None):
@@ -128,8 +141,8 @@ def attend(q, k, v, visible, *, scale=None, softcap=None, sinks=None, bias=None)
 
   Args:
     q: [B T H K].
-    k: [B S G K], G dividing H.
-    v: [B S G W].
+    k: [G*B S K], as `grouped` gives it, G dividing H.
+    v: [G*B S W].
     visible: [B or 1, 1, T or 1, S], bool. A query that sees nothing gets the mean of all.
     scale: None is 1 / sqrt(K).
     softcap: None, or the bound that tanh puts on the scores.
@@ -139,21 +152,26 @@ def attend(q, k, v, visible, *, scale=None, softcap=None, sinks=None, bias=None)
   Returns:
     [B T H W], in q's dtype.
   """
-  B, T, H, K = q.shape
-  G = k.shape[2]
-  q = q.reshape(B, T, G, H // G, K)
-  scores = jnp.einsum('btghk,bsgk->bghts', q, k, preferred_element_type=jnp.float32)
-  scores = scores * (K ** -.5 if scale is None else scale)                  # [B G H/G T S]
+  (B, T, H, K), S = q.shape, k.shape[1]
+  G = k.shape[0] // B
+  R = H // G
+  q = q.reshape(B, T, G, R, K).transpose(2, 0, 3, 1, 4).reshape(G * B, R * T, K)
+  scores = jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))),
+                               preferred_element_type=jnp.float32)
+  scores = scores.reshape(G, B, R, T, S) * (K ** -.5 if scale is None else scale)
   if softcap is not None:
     scores = softcap * jnp.tanh(scores / softcap)
   if bias is not None:
-    scores = scores + bias.reshape(bias.shape[0], G, H // G, *bias.shape[2:]).astype(scores.dtype)
-  scores = jnp.where(visible[:, :, None], scores, jnp.finfo(scores.dtype).min)
+    each = bias.reshape(bias.shape[0], G, R, *bias.shape[2:]).swapaxes(0, 1)
+    scores = scores + each.astype(scores.dtype)
+  visible = visible.reshape(1, visible.shape[0], 1, *visible.shape[2:])
+  scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
   if sinks is None:
     probs = jax.nn.softmax(scores)
   else:
-    sink = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(1, G, H // G, 1, 1),
+    sink = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(G, 1, R, 1, 1),
                             (*scores.shape[:-1], 1))
     probs = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1))[..., :-1]
-  y = jnp.einsum('bghts,bsgk->btghk', probs.astype(v.dtype), v)
-  return y.reshape(B, T, H, -1)
+  probs = probs.reshape(G * B, R * T, S).astype(v.dtype)
+  y = jax.lax.dot_general(probs, v, (((2,), (1,)), ((0,), (0,))))
+  return y.reshape(G, B, R, T, -1).transpose(1, 3, 0, 2, 4).reshape(B, T, H, -1)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lean_jax.nn.attention import attend
+from lean_jax.nn.attention import attend, grouped
 from lean_jax.nn.causal import causal_attention
 from lean_jax.nn.linear import Linear, weight
 from lean_jax.nn.norm import RMSNorm
@@ -107,7 +107,7 @@ class LatentAttention(nn.Module):
     visible = frame.visible
     if layer.window is not None:
       visible = visible & (jnp.abs(frame.distance) < layer.window)[None, None]
-    return attend(q, k, v, visible, scale=scale, bias=frame.bias)
+    return attend(q, grouped(k), grouped(v), visible, scale=scale, bias=frame.bias)
 
 
 class Matrix(nn.Module):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,15 +136,18 @@ def test_stacked_layers_and_written_out_ones_write_the_same(model, monkeypatch):
   np.testing.assert_array_equal(generate(*model, [1, 2, 3], tokens=6), out)
 
 
-def test_the_loop_updates_its_cache_in_place(model):
-  writer = Writer(*model, [np.arange(16)], tokens=40)
+@pytest.mark.parametrize(('groups', 'rows'), [(2, 1), (1, 2)])
+def test_the_loop_updates_its_cache_in_place_and_reads_it_there(groups, rows):
+  module = Decoder(dataclasses.replace(CONFIG, groups=groups))
+  params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+  writer = Writer(module, params, [np.arange(16)] * rows, tokens=40)
   writer.advance(1)
   program = decode.lower(writer.module, writer.params, writer.state, 50, Sampling(),
                          np.zeros((0,), np.int32)).compile()
   memory = program.memory_analysis()
   cache = sum(x.nbytes for x in jax.tree.leaves(writer.state.cache))
   assert memory.alias_size_in_bytes >= cache
-  assert memory.temp_size_in_bytes < cache
+  assert memory.temp_size_in_bytes < cache / 4
 
 
 @pytest.mark.parametrize(('change', 'message'), [

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lean_jax.nn.attention import attend
+from lean_jax.nn.attention import attend, grouped
 from lean_jax.nn.causal import causal_attention
 
 
@@ -15,7 +15,7 @@ def operands(T, H=4, G=2, K=8, dtype=jnp.float32):
 
 def plain(q, k, v):
   T = q.shape[1]
-  return attend(q, k, v, jnp.tril(jnp.ones((T, T), bool))[None, None])
+  return attend(q, grouped(k), grouped(v), jnp.tril(jnp.ones((T, T), bool))[None, None])
 
 
 def float64(q, k, v):
