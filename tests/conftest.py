@@ -25,6 +25,15 @@ def pytest_collection_modifyitems(items):
       item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _programs_of_a_module_alone():
+  """Forgets what was compiled: thousands of programs end in more maps of memory than Linux allows,
+  and XLA then crashes.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def real_data():
   """The folder of real data that LEAN_JAX_DATA names; without it the test skips."""
