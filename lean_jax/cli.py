@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 
+from lean_jax import console
 from lean_jax.errors import InputError, LeanError, Preempted
 from lean_jax.version import __version__
 
@@ -62,14 +63,9 @@ def _parser():
   p.add_argument('--field', default='text', help="the text's key in JSON (%(default)s)")
   p.add_argument('--window', type=int, help="tokens a window (the model's context)")
   p.add_argument('--json', action='store_true')
-  p = verb('generate', _generate, 'text that follows a prompt',
+  p = verb('generate', _generate, 'text that follows a prompt, or a conversation',
            'lean-jax generate DIR --prompt "Once upon a time" --tokens 100')
-  p.add_argument('--prompt', required=True)
-  p.add_argument('--tokens', type=int, default=64, help='at most (%(default)s)')
-  p.add_argument('--temperature', type=float, default=0., help='0 is greedy (%(default)s)')
-  p.add_argument('--top-k', type=int)
-  p.add_argument('--top-p', type=float)
-  p.add_argument('--seed', type=int, default=0)
+  console.add_arguments(p)
   p = verb('quantize', _quantize, 'round the matrices of a model to few bits',
            'lean-jax quantize DIR OUT --scheme w4a16-g64')
   p.add_argument('out', metavar='OUT', help='a new folder')
@@ -163,10 +159,7 @@ def _eval(arguments, _):
 
 
 def _generate(arguments, _):
-  from lean_jax import api
-  print(api.load(arguments.folder).generate(
-      arguments.prompt, tokens=arguments.tokens, temperature=arguments.temperature,
-      top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed))
+  console.run(arguments)
 
 
 def _quantize(arguments, _):

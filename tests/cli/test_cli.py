@@ -1,5 +1,7 @@
 """The command line: each verb on a real folder, and each bad input as one line and exit code 2."""
+import dataclasses
 import errno
+import io
 import json
 import pathlib
 import subprocess
@@ -61,6 +63,92 @@ def test_quantize_eval_and_generate_on_what_it_made(folder, text, tmp_path, caps
       json.loads(capsys.readouterr().out))
   assert main(['generate', str(out), '--prompt', 'The', '--tokens', '5']) == 0
   assert capsys.readouterr().out.startswith('The')
+
+
+def written(capsys, *arguments):
+  assert main(['generate', *(str(a) for a in arguments)]) == 0
+  return capsys.readouterr().out
+
+
+def test_a_stream_is_the_text(folder, capsys):
+  given = folder, '--prompt', 'The quick', '--tokens', 12
+  assert written(capsys, *given, '--stream') == written(capsys, *given) != 'The quick\n'
+
+
+def test_settings_of_generation_reach_it(folder, tiny_model, capsys):
+  how = dict(tokens=8, temperature=1.5, top_k=50, top_p=.9, min_p=.01, repetition_penalty=1.2,
+             seed=3, n=3)
+  flags = [x for name, value in how.items() for x in (f'--{name.replace("_", "-")}', value)]
+  found = json.loads(written(capsys, folder, '--prompt', 'The', '--json', *flags))
+  assert found['texts'] == tiny_model.generate('The', **how) and len(set(found['texts'])) == 3
+  assert all(0 < t <= 8 for t in found['tokens']) and found['tokens_per_second'] > 0
+  cut = found['texts'][0][len('The') + 1]
+  shorter = json.loads(written(capsys, folder, '--prompt', 'The', '--json', *flags, '--stop', cut))
+  assert shorter['texts'][0] == found['texts'][0][:found['texts'][0].index(cut, len('The'))]
+
+
+def test_beams_of_the_command_line(folder, tiny_model, capsys):
+  out = written(capsys, folder, '--prompt', 'The', '--tokens', 6, '--beams', 3, '--n', 2)
+  assert out == '\n'.join(tiny_model.generate('The', tokens=6, beams=3, n=2)) + '\n'
+
+
+def test_a_draft_on_the_command_line_changes_no_greedy_text(folder, capsys):
+  given = folder, '--prompt', 'The', '--tokens', 12, '--json'
+  alone, drafted = (json.loads(written(capsys, *given, *more)) for more in ((), ('--draft', folder)))
+  assert drafted['texts'] == alone['texts']
+  assert alone['drafted_kept'] is None and drafted['drafted_kept'] == 1
+
+
+def test_a_vote_chooses_by_what_its_pattern_finds(folder, capsys):
+  given = (folder, '--prompt', 'The', '--tokens', 10, '--temperature', 2, '--n', 5, '--vote',
+           '([a-z])[^a-z]*$')
+  found = json.loads(written(capsys, *given, '--json'))
+  counts = [found['answers'].count(a) for a in found['answers']]
+  assert found['answers'][found['chosen']] is not None
+  assert counts[found['chosen']] == max(c for c, a in zip(counts, found['answers'])
+                                        if a is not None)
+  assert written(capsys, *given) == found['texts'][found['chosen']] + '\n'
+
+
+def test_a_conversation_remembers_its_turns(tiny_model, tmp_path, capsys, monkeypatch):
+  settings = dict(tiny_model.tokenizer.settings,
+                  chat_template="{% for m in messages %}{{ m.role[0] + ': ' + m.content + '\\n' }}"
+                  "{% endfor %}{% if add_generation_prompt %}{{ 'a: ' }}{% endif %}")
+  chatty = dataclasses.replace(tiny_model, tokenizer=dataclasses.replace(
+      tiny_model.tokenizer, settings=settings))
+  lean.save(chatty, tmp_path / 'chat', format='hf')
+  one, two = dict(role='user', content='fox'), dict(role='user', content='dog')
+  start = [dict(role='system', content='jumps')]
+  first = chatty.generate([*start, one], tokens=5)
+  second = chatty.generate([*start, one, dict(role='assistant', content=first), two], tokens=5)
+  given = tmp_path / 'chat', '--chat', '--system', 'jumps', '--tokens', 5
+  monkeypatch.setattr('sys.stdin', io.StringIO('fox\n\ndog\n'))
+  assert written(capsys, *given) == f'{first}\n{second}\n'
+  assert written(capsys, *given, '--prompt', 'fox') == f'{first}\n'
+
+
+@pytest.mark.parametrize(('flags', 'says'), [
+    ([], '--prompt'),
+    (['--prompt', ''], 'an empty prompt'),
+    (['--prompt', 'a', '--system', 'b'], 'add --chat'),
+    (['--prompt', 'a', '--chat'], 'no chat template'),
+    (['--chat', '--json'], '--prompt'),
+    (['--chat', '--n', '2'], '--n'),
+    (['--prompt', 'a', '--vote', '('], 'regular expression'),
+    (['--prompt', 'a', '--vote', 'x'], 'n above 1'),
+    (['--prompt', 'a', '--tokens', '0'], '0 tokens'),
+    (['--prompt', 'a', '--tokens', '-3'], '-3 tokens'),
+    (['--prompt', 'a', '--tokens', '1000'], 'context has 64'),
+    (['--prompt', 'a', '--temperature', '-1'], 'temperature -1'),
+    (['--prompt', 'a', '--temperature', '1', '--top-k', '0'], 'top_k 0'),
+    (['--prompt', 'a', '--temperature', '1', '--top-p', '0'], 'top_p 0'),
+    (['--prompt', 'a', '--temperature', '1', '--min-p', '-1'], 'min_p -1'),
+    (['--prompt', 'a', '--repetition-penalty', '0'], 'repetition_penalty 0'),
+    (['--prompt', 'a', '--n', '2'], 'temperature 0'),
+    (['--prompt', 'a', '--beams', '0'], 'beams'),
+])
+def test_what_cannot_be_generated_is_said_in_one_line(folder, flags, says, capsys):
+  fails(capsys, 'generate', folder, *flags, says=[says])
 
 
 def test_a_missing_folder_or_file(folder, capsys, tmp_path):
