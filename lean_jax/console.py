@@ -34,7 +34,7 @@ def add_arguments(parser):
        'last, its first group where it has one')
   flag('--beams', type=int, default=1, help='candidates of a beam search (%(default)s: none)')
   flag('--length-penalty', type=float, default=1., help='of the beam search (%(default)s)')
-  flag('--draft', metavar='DIR', help='a smaller model of the same tokenizer, which proposes tokens')
+  flag('--draft', metavar='DIR', help='a smaller model of the same tokenizer that proposes tokens')
   flag('--ahead', type=int, default=4, help='how many at a time (%(default)s)')
   flag('--truncate', action='store_true', help='cut a prompt that the context has no room for')
   flag('--stream', action='store_true', help='print the text as it comes')

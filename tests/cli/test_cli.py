@@ -94,7 +94,8 @@ def test_beams_of_the_command_line(folder, tiny_model, capsys):
 
 def test_a_draft_on_the_command_line_changes_no_greedy_text(folder, capsys):
   given = folder, '--prompt', 'The', '--tokens', 12, '--json'
-  alone, drafted = (json.loads(written(capsys, *given, *more)) for more in ((), ('--draft', folder)))
+  alone, drafted = (json.loads(written(capsys, *given, *more))
+                    for more in ((), ('--draft', folder)))
   assert drafted['texts'] == alone['texts']
   assert alone['drafted_kept'] is None and drafted['drafted_kept'] == 1
 

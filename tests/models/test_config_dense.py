@@ -5,9 +5,6 @@ import pytest
 
 from lean_jax.errors import InputError
 from lean_jax.models.families import FAMILIES
-from lean_jax.models.stack import Layer
-from lean_jax.nn.rope import Rope
-from lean_jax.nn.rope_scaling import LongRope
 
 FULL, SLIDING = 'full_attention', 'sliding_attention'
 SHORT, LONG = [1.5] * 48, [4.] * 48
