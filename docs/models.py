@@ -16,6 +16,8 @@ os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import jax  # noqa: E402
+
 from lean_jax.models.families import FAMILIES  # noqa: E402
 from tests.interop.parity import CHECKS  # noqa: E402
 from tests.interop.rows import ROWS  # noqa: E402
@@ -50,6 +52,7 @@ def main():
     rows.append((row.family, row.what, row.model, ', '.join(
         f'{name} {cell}' for name, cell in cells)))
     print(*rows[-1], sep=' | ', flush=True)
+    jax.clear_caches()                       # as tests/conftest.py does, and why
   methods = [*matrix.STEPS, 'distill']
   table = []
   for family in matrix.CONFIGS:
@@ -57,6 +60,7 @@ def main():
                      matrix.check_method(f, m), family, failed, f'{family} {m}') for m in methods]
     table.append((family, *(cell for _, cell in cells)))
     print(*table[-1], sep=' | ', flush=True)
+    jax.clear_caches()
   text = INTRODUCTION.format(versions=versions()) + '\n' + markdown(
       ('family', 'row', 'class', 'checks'), rows)
   text += METHODS + '\n' + markdown(('family', *methods), table)
