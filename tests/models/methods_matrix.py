@@ -64,6 +64,18 @@ def abstract(config):
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), hf.abstract(config))
 
 
+@functools.lru_cache(maxsize=1)
+def outputs(name):
+  """What a family's model, as it is, makes of the batch."""
+  config, params = model(name)
+  return computed(config.module, params, batch(config))
+
+
+def computed(module, params, given):
+  """Outputs of a model for a batch."""
+  return np.asarray(jax.jit(lambda p: forward(module, p, given)[0])(params))
+
+
 def check_method(name, method):
   """The method takes hold of matrices, the outputs stay near; where it trains, the loss falls.
 
@@ -75,8 +87,7 @@ def check_method(name, method):
   held = [w for w in tree.named_weights(lean).values() if isinstance(w, KINDS[method])]
   assert held
   given = batch(config)
-  run = jax.jit(lambda p: forward(config.module, p, given)[0])
-  plain, now = np.asarray(run(params)), np.asarray(run(lean))
+  plain, now = outputs(name), computed(config.module, lean, given)
   away = float(np.sqrt(np.mean((now - plain) ** 2) / np.mean(plain ** 2)))
   assert away < BOUNDS[method], away
   if method == 'lora':
