@@ -1,13 +1,15 @@
 """Reading a prompt and writing after it, ours against transformers', taking turns in one process.
 
-python benchmarks/generate.py [--rounds 7] [--model DIR ...] [--draft TARGET DRAFT]
+python benchmarks/generate.py [--rounds 7] [--model DIR ...] [--draft TARGET DRAFT ...]
 
 Models: a random Llama of 4 layers and width 256, made on disk; stories260K, where LEAN_JAX_DATA
 names the real data; and those given. Of each: tokens a second of reading a prompt (the time until
 the first token) and of writing greedily after it (what further tokens take), medians over rounds,
 both from the same folder, in float32 on the CPU, with the same threads. The tokens themselves are
-compared first. With --draft: what a draft makes of the target's speed and how many of its tokens
-are kept, greedy and at temperature 1. Needs torch and transformers.
+compared first. Then what a draft makes of a target's speed and how many of its tokens are kept,
+greedy and at temperature 1: of a random Llama of 12 layers and width 768 whose upper layers change
+little, drafted by its first layer, and of the pairs given with --draft. Needs torch and
+transformers.
 
 Ends with exit code 1 where writing is not at least twice as fast as transformers' for the model of
 width 256 (batch 1), or five times for stories260K.
@@ -27,14 +29,35 @@ LEAST = {'4 layers, width 256': 2., 'stories260K': 5.}         # times transform
 
 def make(folder):
   """Writes a random Llama of 4 layers and width 256 whose greedy text is no loop of one token."""
+  llama(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2).save_pretrained(folder)
+
+
+def make_pair(folder, small, upper=.03):
+  """Writes a random Llama of 12 layers and width 768 (85 million parameters in them), and its first
+  layer as its draft; what the upper ones write into the stream is `upper` times as large."""
+  import torch
+  width = dict(hidden_size=768, intermediate_size=2048, num_attention_heads=12,
+               num_key_value_heads=12, initializer_range=.05)
+  large = llama(num_hidden_layers=12, **width)
+  with torch.no_grad():
+    for layer in large.model.layers[1:]:
+      layer.self_attn.o_proj.weight *= upper
+      layer.mlp.down_proj.weight *= upper
+  large.save_pretrained(folder)
+  draft = llama(num_hidden_layers=1, **width)
+  draft.load_state_dict(large.state_dict(), strict=False)
+  draft.save_pretrained(small)
+
+
+def llama(**keys):
+  """A random Llama of transformers."""
   import torch
   from transformers import LlamaConfig, LlamaForCausalLM
   torch.manual_seed(0)
-  config = LlamaConfig(
-      vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
-      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-      tie_word_embeddings=False, initializer_range=.1)
-  LlamaForCausalLM(config).save_pretrained(folder)
+  return LlamaForCausalLM(LlamaConfig(**dict(
+      vocab_size=4096, max_position_embeddings=512, tie_word_embeddings=False,
+      initializer_range=.1) | keys))
 
 
 def medians(runs, rounds):
@@ -84,39 +107,37 @@ def compare(name, folder, batch, prompt, tokens, rounds):
   return ratio
 
 
-def drafts(target, draft, rounds, tokens=96, ahead=4):
+def drafts(target, draft, rounds, prompt=32, tokens=96, ahead=4):
   """Prints what a draft makes of a target's speed."""
   import jax
+  import numpy as np
 
-  import lean_jax as lean
-  from lean_jax.generation.text import write
-  large, small = lean.load(target), lean.load(draft)
-  print(f'\n{target.name} drafted by {draft.name}, {ahead} tokens ahead, texts of {tokens} tokens '
-        '(the prompt is read in both)\n\n'
-        '| temperature | alone, tokens/s | with the draft | times | of the drafted tokens kept |\n'
-        '| ---: | ---: | ---: | ---: | ---: |')
+  from lean_jax.generation.sampling import checked
+  from lean_jax.generation.writer import Writer
+  from lean_jax.interop.hf import load_hf
+  (_, large, params, _), (_, small, theirs, _) = load_hf(target), load_hf(draft)
+  ids = np.random.default_rng(0).integers(3, large.vocabulary, (1, prompt)).astype(np.int32)
+  pair = small.module, theirs
   for temperature in (0., 1.):
-    counts = dict(alone=[], drafted=[])
     kept = []
 
-    def run(which, temperature=temperature, counts=counts, kept=kept):
-      k = len(counts[which])
-      out = write(large, 'Once upon a time', tokens=tokens, temperature=temperature, seed=k,
-                  draft=small if which == 'drafted' else None, ahead=ahead)
-      counts[which].append(out.counts[0][0])
-      if which == 'drafted':
-        kept.append(out.drafts)
-    seconds = dict(alone=0., drafted=0.)
-    for k in range(rounds + 1):
-      for which in counts:
-        start = time.perf_counter()
-        run(which)
-        if k:
-          seconds[which] += time.perf_counter() - start
-    speed = {which: sum(counts[which][1:]) / seconds[which] for which in counts}
+    def run(k, draft, temperature=temperature, kept=kept):
+      writer = Writer(large.module, params, list(ids), tokens=tokens, sampling=checked(
+          temperature, None, None, None, None), key=jax.random.key(k), draft=draft, ahead=ahead)
+      writer.advance()
+      if draft:
+        kept.append(writer.drafts)
+      return writer.ids()
+    turns = {which: iter(range(rounds + 1)) for which in ('alone', 'drafted')}
+    seconds = medians({
+        'alone': lambda: run(next(turns['alone']), None),
+        'drafted': lambda: run(next(turns['drafted']), pair)}, rounds)
+    same = '' if temperature else (
+        f'{int((run(0, None) == run(0, pair)).cumprod().sum())} of {tokens}')
     part = sum(k for _, k in kept[1:]) / sum(n for n, _ in kept[1:])
-    print(f'| {temperature:g} | {speed["alone"]:,.0f} | {speed["drafted"]:,.0f} '
-          f'| {speed["drafted"] / speed["alone"]:.2f} | {part:.2f} |', flush=True)
+    print(f'| {target.name} drafted by {draft.name} | {temperature:g} '
+          f'| {tokens / seconds["alone"]:,.0f} | {tokens / seconds["drafted"]:,.0f} '
+          f'| {seconds["alone"] / seconds["drafted"]:.2f} | {part:.2f} | {same} |', flush=True)
   jax.clear_caches()
 
 
@@ -125,7 +146,8 @@ def main():
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--batches', type=int, nargs='*', default=(1, 8))
   parser.add_argument('--model', type=pathlib.Path, nargs='*', default=())
-  parser.add_argument('--draft', type=pathlib.Path, nargs=2, metavar=('TARGET', 'DRAFT'))
+  parser.add_argument('--draft', type=pathlib.Path, nargs=2, metavar=('TARGET', 'DRAFT'),
+                      action='append', default=[])
   arguments = parser.parse_args()
   os.environ.setdefault('HF_HUB_OFFLINE', '1')
   import jax
@@ -150,8 +172,14 @@ def main():
                         arguments.rounds)
         if batch == 1 and ratio < LEAST.get(name, 0):
           slow.append(f'{name}: {ratio:.2f} times transformers, not {LEAST[name]:g}')
-  if arguments.draft:
-    drafts(*arguments.draft, arguments.rounds)
+  print('\ndrafts of 4 tokens; the prompt of 32 tokens is read in both\n\n'
+        '| pair | temperature | alone, tokens/s | with the draft | times | of the drafted tokens '
+        'kept | greedy tokens that agree |\n| --- |' + ' ---: |' * 6)
+  with tempfile.TemporaryDirectory() as temporary:
+    pair = pathlib.Path(temporary, '12 layers'), pathlib.Path(temporary, '1 layer')
+    make_pair(*pair)
+    for folders in (pair, *arguments.draft):
+      drafts(*folders, arguments.rounds)
   if slow:
     sys.exit('\n'.join(slow))
 

@@ -47,6 +47,12 @@ class Tokenizer:
     return max(self.backend.get_vocab().values(), default=-1) + 1
 
   @property
+  def head(self) -> list[int]:
+    """[bos] where the tokenizer's own rules put it before a text (GPT-2's do not), else []."""
+    first = self.encode('', special=True)[:1].tolist()
+    return first if first == [self.bos] else []
+
+  @property
   def fingerprint(self) -> str:
     """A hash of the rules and the special ids."""
     rules = json.dumps([self.backend.to_str(), self.bos, self.eos])

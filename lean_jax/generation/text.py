@@ -224,9 +224,8 @@ def encoded(model, prompt):
         '' if name is None or reads(model) else f', or {name!r} to begin from nothing'))
   if reads(model):
     return t.encode(prompt, special=True)
-  ids = t.encode(prompt)
-  own = t.bos is None or ids[:1].tolist() == [t.bos]
-  return ids if own else np.concatenate([np.array([t.bos], np.int32), ids])
+  ids, head = t.encode(prompt), t.head
+  return ids if ids[:len(head)].tolist() == head else np.concatenate([np.int32(head), ids])
 
 
 def truncated(model, ids, tokens):

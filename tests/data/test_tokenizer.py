@@ -71,6 +71,15 @@ def test_a_saved_tokenizer_loads_as_itself_and_names_its_class(tokenizer, tmp_pa
       'tokenizer.json', 'tokenizer_config.json']
 
 
+def test_the_head_of_a_prompt_is_what_the_rules_put_before_a_text(tokenizer, tmp_path):
+  tokenizer.save(tmp_path)
+  file = tmp_path / 'tokenizer.json'
+  assert load_tokenizer(tmp_path).head == [tokenizer.bos]
+  file.write_text(json.dumps(dict(json.loads(file.read_text()), post_processor=None)))
+  assert load_tokenizer(tmp_path).bos == tokenizer.bos
+  assert load_tokenizer(tmp_path).head == []
+
+
 def test_settings_of_a_loaded_folder_are_saved_again(tokenizer, tmp_path):
   tokenizer.save(tmp_path)
   path = tmp_path / 'tokenizer_config.json'

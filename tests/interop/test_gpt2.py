@@ -46,7 +46,7 @@ def test_a_folder_of_the_hub_writes_what_transformers_writes(hub_folder):
   assert model.tokenizer.size == 50257
   assert ids[:4].tolist() == [7454, 2402, 257, 640]
   assert model.tokenizer.decode(ids) == prompt
-  start = torch.tensor([[model.tokenizer.bos, *ids.tolist()]])
+  start = transformers.AutoTokenizer.from_pretrained(folder)(prompt, return_tensors='pt').input_ids
   new = theirs.generate(start, max_new_tokens=12, do_sample=False, pad_token_id=50256)[0]
   assert model.generate(prompt, tokens=12) == model.tokenizer.decode(new.numpy())
 
