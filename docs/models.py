@@ -40,7 +40,8 @@ METHODS = '''
 
 Each family of `tests/models/configs`, random weights, with each method, the same lines for all of
 them: how far the outputs moved, in parts of their root mean square; for `distill`, how much four
-steps changed the loss. LoRA and QAT are trained for four steps too, and pass if the loss falls.
+steps changed the loss. LoRA and QAT are trained for four steps too, and pass if the loss falls;
+LoRA begins as no change at all.
 '''
 
 
