@@ -15,6 +15,8 @@ Ends with exit code 1 where writing is not at least twice as fast as transformer
 width 256 (batch 1), or five times for stories260K.
 """
 import argparse
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -121,19 +123,18 @@ def drafts(target, draft, rounds, prompt=32, tokens=96, ahead=4):
   for temperature in (0., 1.):
     kept = []
 
-    def run(k, draft, temperature=temperature, kept=kept):
+    def run(draft, turn=itertools.count(), temperature=temperature, kept=kept):
       writer = Writer(large.module, params, list(ids), tokens=tokens, sampling=checked(
-          temperature, None, None, None, None), key=jax.random.key(k), draft=draft, ahead=ahead)
+          temperature, None, None, None, None), key=jax.random.key(next(turn)), draft=draft,
+          ahead=ahead)
       writer.advance()
       if draft:
         kept.append(writer.drafts)
       return writer.ids()
-    turns = {which: iter(range(rounds + 1)) for which in ('alone', 'drafted')}
-    seconds = medians({
-        'alone': lambda: run(next(turns['alone']), None),
-        'drafted': lambda: run(next(turns['drafted']), pair)}, rounds)
+    seconds = medians(dict(alone=functools.partial(run, None),
+                           drafted=functools.partial(run, pair)), rounds)
     same = '' if temperature else (
-        f'{int((run(0, None) == run(0, pair)).cumprod().sum())} of {tokens}')
+        f'{int((run(None) == run(pair)).cumprod().sum())} of {tokens}')
     part = sum(k for _, k in kept[1:]) / sum(n for n, _ in kept[1:])
     print(f'| {target.name} drafted by {draft.name} | {temperature:g} '
           f'| {tokens / seconds["alone"]:,.0f} | {tokens / seconds["drafted"]:,.0f} '
