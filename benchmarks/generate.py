@@ -121,9 +121,9 @@ def drafts(target, draft, rounds, prompt=32, tokens=96, ahead=4):
   ids = np.random.default_rng(0).integers(3, large.vocabulary, (1, prompt)).astype(np.int32)
   pair = small.module, theirs
   for temperature in (0., 1.):
-    kept = []
+    kept, turn = [], itertools.count()
 
-    def run(draft, turn=itertools.count(), temperature=temperature, kept=kept):
+    def run(draft, turn=turn, temperature=temperature, kept=kept):
       writer = Writer(large.module, params, list(ids), tokens=tokens, sampling=checked(
           temperature, None, None, None, None), key=jax.random.key(next(turn)), draft=draft,
           ahead=ahead)
