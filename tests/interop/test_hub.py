@@ -29,7 +29,8 @@ except InputError as error:
 
 def found(where, cache, **env):
   """What `local_folder` says in a process of these environment variables."""
-  env = dict(os.environ, HF_HUB_CACHE=str(cache), HF_HUB_DISABLE_TELEMETRY='1', NO_PROXY='*',
+  known = {name: value for name, value in os.environ.items() if name != 'HF_HUB_OFFLINE'}
+  env = dict(known, HF_HUB_CACHE=str(cache), HF_HUB_DISABLE_TELEMETRY='1', NO_PROXY='*',
              PYTHONPATH=str(ROOT), HF_HUB_DISABLE_PROGRESS_BARS='1') | env
   out = subprocess.run([sys.executable, '-c', PROGRAM, where], env=env, capture_output=True,
                        text=True, timeout=60, check=True, cwd=cache)
