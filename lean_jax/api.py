@@ -210,7 +210,7 @@ def quantize(model: Model, scheme: str, *, where: str = MATRICES) -> Model:
   """The model with its matrices rounded to nearest in an integer format.
 
   Args:
-    scheme: 'w8a8', 'w4a16-g64', 'w2a16-g64', ...: see quantization/formats.py.
+    scheme: 'w8a8', 'w4a16-g64', 'w2a16-g64', ...: see quantization/spec.py.
     where: a regular expression on the weights' whole names.
   """
   return _apply(model, dict(where=where, method='rtn', spec=scheme))

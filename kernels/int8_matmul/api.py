@@ -8,16 +8,26 @@ from lean_jax.kernels.grouped_matmul import api as grouped
 from lean_jax.kernels.int8_matmul import reference
 
 
-def _xla(x, values, scale):
-  codes, row_scale = reference.quantize_rows(x)
-  total = jnp.matmul(codes, values, preferred_element_type=jnp.int32)
-  return total.astype(jnp.float32) * row_scale * scale
+def _xla(x, values, scale, group, x_scale):
+  codes, row_scale = reference.quantize_rows(x, x_scale)
+  if group is None:
+    total = jnp.matmul(codes, values, preferred_element_type=jnp.int32)
+    return total.astype(jnp.float32) * row_scale * scale.astype(jnp.float32)
+  G = scale.shape[-2]
+  more = G * group - values.shape[-2]
+  pad = lambda a, axis: jnp.pad(a, [(0, more if k == a.ndim + axis else 0) for k in range(a.ndim)])
+  *batch, M, _ = x.shape
+  codes = pad(codes, -1).reshape(*batch, M, G, group)
+  values = pad(values, -2).reshape(*batch, G, group, -1)
+  total = jnp.matmul(jnp.swapaxes(codes, -2, -3), values, preferred_element_type=jnp.int32)
+  wide = scale[..., None, :].astype(jnp.float32)                          # [*E G 1 N]
+  return jnp.sum(total.astype(jnp.float32) * wide, axis=-3) * row_scale
 
 
 IMPLEMENTATIONS = {'reference': reference.int8_matmul, 'xla': _xla}
 
 
-def int8_matmul(x, values, scale, *, implementation='xla'):
+def int8_matmul(x, values, scale, *, group=None, x_scale=None, implementation='xla'):
   """x @ (values * scale) with x rounded to 8 bits, one range a row, and int32 accumulation.
 
   The scheme is that of Dettmers et al. 2022 (arXiv:2208.07339), section 2.1, 'vector-wise'.
@@ -26,7 +36,10 @@ def int8_matmul(x, values, scale, *, implementation='xla'):
   Args:
     x: [*E M K], float.
     values: [*E K N], int8.
-    scale: [*E 1 N], float32.
+    scale: [*E G N] or [*E G 1], float: of each group of rows of values, and of each column or of
+      all.
+    group: rows of a group, the last may be shorter; None is all of them, G = 1.
+    x_scale: None, or [*E], the step to which all rows of x are rounded instead of their own.
     implementation: 'xla', or 'reference' (slow; for tests).
 
   Returns:
@@ -43,71 +56,113 @@ def int8_matmul(x, values, scale, *, implementation='xla'):
   *batch, K, N = values.shape
   if x.ndim != values.ndim or x.shape[:-2] != tuple(batch) or x.shape[-1] != K:
     raise ValueError(f'x {x.shape} does not fit values {values.shape}; expected [*E M {K}]')
-  if scale.shape != (*batch, 1, N):
+  G = -(-K // group) if group else 1
+  if scale.shape not in ((*batch, G, N), (*batch, G, 1)):
     raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
-                     f'{(*batch, 1, N)}')
-  return _product(implementation, x, values, scale)
+                     f'{(*batch, G, N)}')
+  return _product(implementation, group, x, values, scale, x_scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(implementation, x, values, scale):
-  return IMPLEMENTATIONS[implementation](x, values, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(implementation, group, x, values, scale, x_scale):
+  return IMPLEMENTATIONS[implementation](x, values, scale, group, x_scale)
 
 
-def _forward(implementation, x, values, scale):
-  return _product(implementation, x, values, scale), (x, values, scale)
+def _forward(implementation, group, x, values, scale, x_scale):
+  return _product(implementation, group, x, values, scale, x_scale), (x, values, scale, x_scale)
 
 
-def _backward(implementation, saved, g):
-  x, values, scale = saved
-  transposed = jnp.swapaxes(values, -1, -2).astype(g.dtype)
-  dx = jnp.matmul(g * scale, transposed).astype(x.dtype)
-  unscaled = jnp.matmul(x.astype(g.dtype), values.astype(g.dtype))
-  return dx, None, jnp.sum(g * unscaled, axis=-2, keepdims=True)
+def _backward(implementation, group, saved, g):
+  x, values, scale, x_scale = saved
+  group = group or values.shape[-2]
+  rows = jnp.repeat(scale.astype(g.dtype), group, axis=-2)[..., :values.shape[-2], :]
+  wide = values.astype(g.dtype)
+  dx = jnp.matmul(g, jnp.swapaxes(wide * rows, -1, -2)).astype(x.dtype)
+  codes, step = reference.quantize_rows(x, x_scale)
+  rounded = (codes * step).astype(g.dtype)
+  each = jnp.matmul(jnp.swapaxes(rounded, -1, -2), g) * wide                # [*E K N]
+  dscale = _sum_of_groups(each, group)
+  if scale.shape[-1] == 1:
+    dscale = jnp.sum(dscale, axis=-1, keepdims=True)
+  return dx, None, dscale.astype(scale.dtype), None if x_scale is None else jnp.zeros_like(x_scale)
+
+
+def _sum_of_groups(x, group):
+  """[..., I, O] as [..., G, O]."""
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % group), (0, 0)])
+  *batch, I, O = x.shape
+  return jnp.sum(x.reshape(*batch, I // group, group, O), axis=-2)
 
 
 _product.defvjp(_forward, _backward)
 
 
-def int8_grouped_matmul(x, values, scale, sizes):
-  """`int8_matmul` of each group of rows with its own values and scales.
+def int8_grouped_matmul(x, values, scale, sizes, *, group=None, x_scale=None):
+  """`int8_matmul` of each expert's rows with its own values and scales.
 
   Args:
-    x: [M K], float; first the rows of group 0, then those of group 1, ...
+    x: [M K], float; first the rows of expert 0, then those of expert 1, ...
     values: [E K N], int8.
-    scale: [E 1 N], float32.
-    sizes: [E], integer, rows of each group; their sum is M.
+    scale: [E G N] or [E G 1], float.
+    sizes: [E], integer, rows of each expert; their sum is M.
+    group: rows of values that share a scale; None is all of them, G = 1.
+    x_scale: None, or [E], the step to which all rows of an expert are rounded.
 
   Returns:
     [M N], float32.
   """
-  return _grouped(x, values, scale, sizes)
+  if group is None:
+    return _grouped(x, values, jnp.broadcast_to(scale, (*scale.shape[:2], values.shape[-1])), sizes,
+                    x_scale)
+  # A sum of products of integers, group of rows by group of rows: a group is one contraction.
+  total = 0.
+  codes, step = _rows(x, sizes, x_scale)
+  for k, start in enumerate(range(0, values.shape[1], group)):
+    part = _straight(x[:, start:start + group], codes[:, start:start + group], step)
+    wide = values[:, start:start + group].astype(x.dtype) * scale[:, k:k + 1].astype(x.dtype)
+    total = total + grouped.grouped_matmul(part, wide, sizes)
+  return total.astype(jnp.float32)
+
+
+def _rows(x, sizes, x_scale):
+  if x_scale is None:
+    return reference.quantize_rows(x)
+  step = jnp.repeat(x_scale, sizes, total_repeat_length=x.shape[0])[:, None]
+  codes, step = reference.quantize_rows(x[:, None], step[:, 0])
+  return codes[:, 0], step[:, 0]
+
+
+def _straight(x, codes, step):
+  """Rounded rows, through which the gradient passes straight."""
+  return x + jax.lax.stop_gradient((codes * step).astype(x.dtype) - x)
 
 
 @jax.custom_vjp
-def _grouped(x, values, scale, sizes):
-  codes, row_scale = reference.quantize_rows(x)
+def _grouped(x, values, scale, sizes, x_scale):
+  codes, row_scale = _rows(x, sizes, x_scale)
   total = grouped.grouped_matmul(codes, values, sizes)
   return total.astype(jnp.float32) * row_scale * _each_row(scale, sizes, x)
 
 
-def _grouped_forward(x, values, scale, sizes):
-  return _grouped(x, values, scale, sizes), (x, values, scale, sizes)
+def _grouped_forward(x, values, scale, sizes, x_scale):
+  return _grouped(x, values, scale, sizes, x_scale), (x, values, scale, sizes, x_scale)
 
 
 def _grouped_backward(saved, g):
-  x, values, scale, sizes = saved
+  x, values, scale, sizes, x_scale = saved
   transposed = lambda part: part.T.astype(g.dtype)
   dx = grouped.grouped_matmul(g * _each_row(scale, sizes, x), values, sizes, matrix=transposed)
-  unscaled = grouped.grouped_matmul(x.astype(g.dtype), values, sizes)
-  group = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
-  dscale = jax.ops.segment_sum(g * unscaled, group, sizes.shape[0], indices_are_sorted=True)
-  return dx.astype(x.dtype), None, dscale[:, None], None
+  codes, step = _rows(x, sizes, x_scale)
+  unscaled = grouped.grouped_matmul((codes * step).astype(g.dtype), values, sizes)
+  expert = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
+  dscale = jax.ops.segment_sum(g * unscaled, expert, sizes.shape[0], indices_are_sorted=True)
+  return (dx.astype(x.dtype), None, dscale[:, None].astype(scale.dtype), None,
+          None if x_scale is None else jnp.zeros_like(x_scale))
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def _each_row(scale, sizes, x):
-  """[M N], the scales of each row's group."""
+  """[M N], the scales of each row's expert."""
   return jnp.repeat(scale[:, 0], sizes, axis=0, total_repeat_length=x.shape[0])

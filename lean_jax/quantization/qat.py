@@ -1,6 +1,6 @@
 """Quantization-aware training: the model trains as the integers it will be."""
 from lean_jax.errors import InputError
-from lean_jax.quantization import formats
+from lean_jax.quantization.spec import parse_spec
 from lean_jax.weights import Dense, FakeQuantized
 
 
@@ -13,7 +13,7 @@ def fake_quantize(w, spec):
   Raises:
     InputError: the weight is not a plain one, or the name is no scheme.
   """
-  spec = formats.parse_spec(spec)
+  spec = parse_spec(spec)
   if not isinstance(w, Dense):
     raise InputError(f'a {type(w).__name__} weight cannot be trained as {spec}; start from the '
                      'float model')

@@ -2,7 +2,7 @@
 from flax.core import meta
 
 from lean_jax.errors import InputError
-from lean_jax.quantization import formats
+from lean_jax.quantization.spec import parse_spec
 from lean_jax.weights import Dense, FakeQuantized, Quantized
 
 
@@ -15,7 +15,7 @@ def rtn(w, spec):
   Raises:
     InputError: the weight is quantized already, carries an adapter, or the name is no scheme.
   """
-  spec = formats.parse_spec(spec)
+  spec = parse_spec(spec)
   if isinstance(w, FakeQuantized):
     if w.spec != spec:
       raise InputError(f'the weight was trained as {w.spec}, not {spec}; quantize it to {w.spec}')

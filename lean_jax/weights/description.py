@@ -3,16 +3,17 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
-from lean_jax.quantization import formats
+from lean_jax.quantization.nested import Nested
+from lean_jax.quantization.spec import QuantSpec, parse_spec
 from lean_jax.weights import KINDS
 from lean_jax.weights.base import Weight, static_names
 
-_KIND = {kind.__name__: kind for kind in KINDS}
+_KIND = {kind.__name__: kind for kind in (*KINDS, Nested)}
 
 
 def describe(tree):
   """JSON-able: {'kind': ...} of each weight, its fixed fields, each array's shape and dtype."""
-  if isinstance(tree, Weight):
+  if isinstance(tree, Weight | Nested):
     fixed = static_names(type(tree))
     return {'kind': type(tree).__name__} | {
         k: _plain(v) if k in fixed else describe(v) for k, v in vars(tree).items()}
@@ -65,12 +66,12 @@ def difference(found, expected, path=''):
 
 
 def _plain(value):
-  if isinstance(value, formats.QuantSpec):
+  if isinstance(value, QuantSpec):
     return str(value)
   return list(value) if isinstance(value, tuple) else value
 
 
 def _read(field, value):
   if field == 'spec':
-    return formats.parse_spec(value)
+    return parse_spec(value)
   return tuple(value) if isinstance(value, list) else value

@@ -4,7 +4,7 @@ import dataclasses
 from flax.core import meta
 
 from lean_jax.kernels.fake_quant import api as fake_quant
-from lean_jax.quantization import formats
+from lean_jax.quantization.spec import QuantSpec
 from lean_jax.weights.base import (
   Weight,
   Wrapper,
@@ -25,7 +25,7 @@ class FakeQuantized(Wrapper):
   `Quantized` made of the same base.
   """
   base: Weight
-  spec: formats.QuantSpec = static()
+  spec: QuantSpec = static()
 
   def unbox(self):
     value = meta.unbox(self.base)

@@ -1,4 +1,4 @@
-"""The weight stored in few bits: packed integers and their scales."""
+"""The weight stored in few bits: packed codes and their scales."""
 import dataclasses
 import math
 from typing import Any
@@ -7,7 +7,11 @@ import jax.numpy as jnp
 
 from lean_jax.kernels.grouped_matmul import api as grouped_matmul
 from lean_jax.kernels.int8_matmul import api as int8_matmul
+from lean_jax.quantization import codes as grid
 from lean_jax.quantization import formats
+from lean_jax.quantization.nested import Nested
+from lean_jax.quantization.packing import pack, unpack
+from lean_jax.quantization.spec import QuantSpec
 from lean_jax.weights.base import (
   Weight,
   as_matmul,
@@ -23,62 +27,97 @@ from lean_jax.weights.base import (
 
 @pytree
 class Quantized(Weight):
-  """(code - zero) * scale, the codes packed along the contraction axis.
+  """What codes stand for, the codes packed along the contraction axis.
 
   The arrays hold the weight as a matrix [*n *e I O] (see `to_matrix`), whatever its dense shape.
   """
-  values: Any                                          # [*n *e I*bits/8 O], uint8; int8 if bits = 8
-  scale: Any                                           # [*n *e G O], G groups along I
-  zero: Any                                            # as scale, uint8; None if symmetric
-  spec: formats.QuantSpec = static()
+  values: Any                                          # [*n *e I*bits/8 O], uint8; int8 if w8
+  scale: Any                                           # [*n *e G O], G groups along I; or Nested
+  zero: Any                                            # as scale; None if symmetric
+  order: Any                                           # [*n *e I]: which input a row is of, or None
+  input_scale: Any                                     # [*n *e], of static activations, or None
+  spec: QuantSpec = static()
   sizes: tuple = static()                              # of the dense axes but the stacked ones
   dtype: str = static()                                # of the dense value
   dims: str = static()
   axes: tuple = static()
 
   @classmethod
-  def of(cls, value, spec, dims, axes):
-    """Quantizes a dense value by rounding to nearest."""
-    sizes = unstacked(value.shape, dims)
-    codes, scale, zero = formats.quantize(to_matrix(value, dims), spec)
-    return cls(formats.pack(codes, spec.bits), scale, zero, spec, sizes, str(value.dtype), dims,
-               axes)
+  def of(cls, value, spec, dims, axes, shrink=1., input_scale=None):
+    """Quantizes a dense value by rounding to nearest; `shrink` as of `formats.quantize`."""
+    found = formats.quantize(to_matrix(value, dims), spec, shrink)
+    return cls.from_codes(*found, spec, unstacked(value.shape, dims), value.dtype, dims, axes,
+                          input_scale=input_scale)
+
+  @classmethod
+  def from_codes(cls, codes, scale, zero, spec, sizes, dtype, dims, axes, *, order=None,
+                 input_scale=None):
+    """Of codes [*n *e I O] as `formats.quantize` gives them, rows in `order`."""
+    return cls(pack(codes, spec.bits), scale, zero, order, input_scale, spec, tuple(sizes),
+               str(jnp.dtype(dtype)), dims, tuple(axes))
 
   @property
   def matrix_rows(self):
     """The length I of the contraction axis."""
     return math.prod(self.sizes[k] for k in positions(self.dims.replace('n', ''), 'i'))
 
-  def matrix(self, dtype):
-    """The dequantized weight, [*n *e I O]."""
-    return self._dequantized(self.values, self.scale, self.zero, dtype)
+  def codes(self):
+    """[*n *e I O], int8 or uint8, rows as they are stored."""
+    return grid.signed(unpack(self.values, self.spec.bits, self.matrix_rows), self.spec)
 
-  def _dequantized(self, values, scale, zero, dtype):
-    codes = formats.unpack(values, self.spec, self.matrix_rows)
-    return formats.dequantize(codes, scale, zero, self.spec, dtype)
+  def matrix(self, dtype):
+    """The dequantized weight, [*n *e I O], rows in the order of the inputs."""
+    value = self._stored_matrix(dtype)
+    if self.order is None:
+      return value
+    return jnp.take_along_axis(value, jnp.argsort(self.order, axis=-1)[..., None], axis=-2)
+
+  def _stored_matrix(self, dtype):
+    return formats.dequantize(self.codes(), self.scale, self.zero, self.spec, dtype)
 
   def unbox(self):
     return from_matrix(self.matrix(jnp.dtype(self.dtype)), self.dims, self.sizes)
 
   def einsum(self, eqn, x):
     x2, restore = as_matmul(eqn, x, self.dims, self.sizes)
+    if self.order is not None:
+      x2 = jnp.take_along_axis(x2, self.order[..., None, :], axis=-1)
     if self.spec.activation_bits == 8:
-      y = int8_matmul.int8_matmul(x2, self.values, self.scale)
+      y = int8_matmul.int8_matmul(x2, grid.integers(self.codes(), self.spec),
+                                  self.scale, group=self.spec.group, x_scale=self.input_scale)
     else:
-      y = x2 @ self.matrix(x.dtype)
+      y = x2 @ self._stored_matrix(x.dtype)
     return restore(y.astype(x.dtype))
 
   def grouped(self, x, sizes):
+    if self.order is not None:
+      of_row = jnp.repeat(self.order, sizes, axis=0, total_repeat_length=x.shape[0])
+      x = jnp.take_along_axis(x, of_row, axis=-1)
     if self.spec.activation_bits == 8:
-      y = int8_matmul.int8_grouped_matmul(x, self.values, self.scale, sizes)
+      y = int8_matmul.int8_grouped_matmul(
+          x, grid.integers(self.codes(), self.spec), self.scale, sizes, group=self.spec.group,
+          x_scale=self.input_scale)
       return y.astype(x.dtype)
-    stored = (self.values, self.scale, self.zero)
-    return grouped_matmul.grouped_matmul(
-        x, stored, sizes, matrix=lambda part: self._dequantized(*part, x.dtype))
+    one = dataclasses.replace(self, order=None, input_scale=None)
+    return grouped_matmul.grouped_matmul(x, one, sizes, matrix=lambda w: w.matrix(x.dtype))
+
+  def take(self, ids):
+    if self.dims != 'oi' or self.order is not None:
+      return super().take(ids)
+    pick = lambda a: jnp.take(a, ids.reshape(-1), axis=-1)
+    wide = self.scale if hasattr(self.scale, 'dtype') else self.scale.astype(jnp.float32)
+    scale = wide if self.spec.tensor else pick(wide)
+    zero = None if self.zero is None else pick(self.zero)
+    codes = grid.signed(unpack(pick(self.values), self.spec.bits, self.matrix_rows), self.spec)
+    rows = formats.dequantize(codes, scale, zero, self.spec, jnp.dtype(self.dtype))
+    return rows.T.reshape(*ids.shape, -1)
 
   def names(self):
     *batch, i, o = matrix_names(self.dims, self.axes)
-    full = (*batch, i, o)
-    scale = full if self.spec.group else (*batch, None, o)
-    return dataclasses.replace(self, values=full, scale=scale,
-                               zero=None if self.zero is None else scale)
+    scale = (*batch, i if self.spec.group else None, None if self.spec.tensor else o)
+    return dataclasses.replace(
+        self, values=(*batch, i, o),
+        scale=self.scale.names(scale) if isinstance(self.scale, Nested) else scale,
+        zero=None if self.zero is None else scale,
+        order=None if self.order is None else (*batch, i),
+        input_scale=None if self.input_scale is None else tuple(batch))

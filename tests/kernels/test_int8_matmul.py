@@ -9,24 +9,28 @@ from hypothesis import strategies as st
 from lean_jax.kernels.int8_matmul import api, reference
 
 
-def operands(shape, seed=0):
+def operands(shape, seed=0, group=None):
   *batch, M, K, N = shape
+  G = -(-K // group) if group else 1
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(*batch, M, K)).astype(np.float32)
   values = rng.integers(-127, 128, (*batch, K, N)).astype(np.int8)
-  scale = rng.uniform(.01, 1, (*batch, 1, N)).astype(np.float32)
+  scale = rng.uniform(.01, 1, (*batch, G, N)).astype(np.float32)
   return jnp.asarray(x), jnp.asarray(values), jnp.asarray(scale)
 
 
 @pytest.mark.parametrize('implementation', [k for k in api.IMPLEMENTATIONS if k != 'reference'])
 @settings(deadline=None, max_examples=15)
 @given(st.tuples(st.integers(1, 9), st.integers(1, 33), st.integers(1, 9)),
-       st.integers(0, 2 ** 31 - 1))
-def test_an_implementation_equals_the_reference(implementation, shape, seed):
-  x, values, scale = operands(shape, seed)
-  got = api.int8_matmul(x, values, scale, implementation=implementation)
-  # the integers are exact and the scales are applied in the same order
-  np.testing.assert_allclose(got, reference.int8_matmul(x, values, scale), rtol=1e-6)
+       st.sampled_from([None, 1, 4, 8]), st.booleans(), st.integers(0, 2 ** 31 - 1))
+def test_an_implementation_equals_the_reference(implementation, shape, group, static, seed):
+  x, values, scale = operands(shape, seed, group)
+  how = dict(group=group, x_scale=jnp.asarray(.02) if static else None)
+  got = api.int8_matmul(x, values, scale, **how, implementation=implementation)
+  # the integers are exact; a few groups' float32 terms are added in another order
+  want = reference.int8_matmul(x, values, scale, **how)
+  most = float(jnp.abs(want).max())
+  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * most if group else 1e-30)
 
 
 def test_the_reference_is_the_float64_product_of_the_rounded_rows():
@@ -39,13 +43,18 @@ def test_the_reference_is_the_float64_product_of_the_rounded_rows():
   assert np.all(np.abs(f64(codes) * f64(row_scale) - f64(x)) <= f64(row_scale) * .5001)
 
 
-def test_gradients_pass_straight_through_the_rounding_of_x():
-  x, values, scale = operands((5, 16, 4))
+@pytest.mark.parametrize('group', [None, 6])
+def test_gradients_pass_straight_through_the_rounding_of_x(group):
+  x, values, scale = operands((5, 16, 4), group=group)
   g = jax.random.normal(jax.random.key(0), (5, 4))
-  dx, ds = jax.grad(lambda x, s: jnp.sum(api.int8_matmul(x, values, s) * g), (0, 1))(x, scale)
+  product = lambda x, s: api.int8_matmul(x, values, s, group=group)
+  dx, ds = jax.grad(lambda x, s: jnp.sum(product(x, s) * g), (0, 1))(x, scale)
   f64 = lambda a: np.asarray(a, np.float64)
-  np.testing.assert_allclose(dx, f64(g) @ (f64(values) * f64(scale)).T, rtol=2e-5, atol=1e-3)
-  want = (f64(g) * (f64(x) @ f64(values))).sum(0, keepdims=True)
+  rows = np.repeat(f64(scale), group or 16, axis=0)[:16]
+  np.testing.assert_allclose(dx, f64(g) @ (f64(values) * rows).T, rtol=2e-5, atol=1e-3)
+  codes, step = reference.quantize_rows(x)
+  each = (f64(codes) * f64(step)).T @ f64(g) * f64(values)
+  want = np.add.reduceat(each, np.arange(0, 16, group or 16), axis=0)
   np.testing.assert_allclose(ds, want, rtol=2e-5, atol=1e-2)
 
 

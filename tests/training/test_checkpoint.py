@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lean_jax import files
 from lean_jax.errors import InputError
-from lean_jax.quantization.formats import parse_spec
+from lean_jax.quantization.spec import parse_spec
 from lean_jax.training import stored
 from lean_jax.training.checkpoint import Checkpoints, load_model, read_card, save_model
 from lean_jax.training.digest import digest

@@ -1,6 +1,8 @@
 """Every kind of weight, in every nesting: `einsum` is the product with `unbox`."""
+import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,14 @@ def adapted(w, **kw):
                       lora(w, 2, 4., key=jax.random.key(1)))
 
 
+def reordered(w):
+  """The weight whose rows are stored in another order, each matrix's own."""
+  *batch, I, _ = w.matrix(jnp.float32).shape
+  order = jax.vmap(lambda key: jax.random.permutation(key, I))(
+      jax.random.split(jax.random.key(2), math.prod(batch)))
+  return dataclasses.replace(w, order=order.reshape(*batch, I))
+
+
 KINDS = {
     'dense': lambda w: w,
     'w8a16': part(rtn, spec='w8a16'),
@@ -35,12 +45,19 @@ KINDS = {
     'w4a16-g4': part(rtn, spec='w4a16-g4'),
     'w4a16-g4-asym': part(rtn, spec='w4a16-g4-asym'),
     'w2a16-g3': part(rtn, spec='w2a16-g3'),
+    'w3a16-g8': part(rtn, spec='w3a16-g8'),
+    'w5a16-tensor': part(rtn, spec='w5a16-tensor'),
+    'nf4-g8-dq': part(rtn, spec='nf4-g8-dq'),
+    'fp8': part(rtn, spec='fp8'),
+    'w1.58a16': part(rtn, spec='w1.58a16'),
+    'act-order': lambda w: reordered(rtn(w, 'w4a16-g4-asym')),
     'qat': part(fake_quantize, spec='w4a16-g4'),
     'lora': adapted,
     'qlora': lambda w: adapted(rtn(w, 'w4a16-g4')),
     'lora_over_qat': lambda w: adapted(fake_quantize(w, 'w2a16-g4')),
 }
-ROUNDS_ACTIVATIONS = {'w8a8': part(rtn, spec='w8a8'), 'qat8': part(fake_quantize, spec='w8a8')}
+ROUNDS_ACTIVATIONS = {'w8a8': part(rtn, spec='w8a8'), 'qat8': part(fake_quantize, spec='w8a8'),
+                      'w4a8-g4': part(rtn, spec='w4a8-g4'), 'w1.58a8': part(rtn, spec='w1.58a8')}
 EQNS = {
     'btd,df->btf': ((2, 3, 8), (8, 6)),
     'btd,dhk->bthk': ((2, 3, 8), (8, 2, 4)),
