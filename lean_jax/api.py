@@ -20,6 +20,7 @@ from lean_jax.errors import InputError
 from lean_jax.evaluation import texts as texts_in
 from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.files import occupied, replace_folder
+from lean_jax.generation.caches import with_cache
 from lean_jax.generation.text import generate
 from lean_jax.interop import hf, sentence, tensors
 from lean_jax.interop.hub import local_folder
@@ -268,19 +269,20 @@ def distill(teacher: Model, data, *, student: Model | None = None, keep: int | N
 
 
 def evaluate(model: Model, data, *, window: int | None = None, field: str = 'text',
-             split: str = 'all', progress=None) -> dict[str, float]:
+             split: str = 'all', cache: str = 'float', progress=None) -> dict[str, float]:
   """Perplexity by the protocol of docs/evaluation.md.
 
   Args:
     data: a path (see `data.sources.open_source`), a Source, or Windows.
     window: tokens a window; None is the model's context.
     split: 'all', or 'test' of a source that is split.
+    cache: 'int8' or 'int4' reads keys and values as `generate` does with it: see its `caches`.
 
   Returns:
     perplexity, nll, bits_per_byte, tokens, seconds.
   """
   with _windows(data, split, model, window or model.config.context, field) as windows:
-    return perplexity(model.module, model.params, windows, progress=progress)
+    return perplexity(with_cache(model.module, cache), model.params, windows, progress=progress)
 
 
 def _check_described(folder, config, params):
