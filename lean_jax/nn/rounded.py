@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lean_jax.quantization.packing import pack, unpack
+from lean_jax.quantization.packing import pack
 
 CHANNELS = 32                 # of a value that share a grid, at most
 _CHUNK = 256                  # tokens whose codes are read at a time; never are all floats at once
@@ -61,8 +61,10 @@ class Held(NamedTuple):
     n, near = self._size, product(self.k)
     out = jnp.zeros((*q.shape[:2], self._room + near.shape[2]), jnp.float32)
     write = lambda part, at, out: jax.lax.dynamic_update_slice_in_dim(out, part, at, axis=2)
+    # Tokens in one byte are apart, so that no array of floats is put together from theirs.
+    of = lambda i: jnp.stack([product(k) for k in self._decoded('k', i)], axis=-1)
     out = jax.lax.fori_loop(
-        0, self._chunks, lambda i, out: write(product(self._decoded('k', i)), i * n, out), out)
+        0, self._chunks, lambda i, out: write(of(i).reshape(*q.shape[:2], n), i * n, out), out)
     if self.own is not None:
       far = jax.lax.dynamic_slice_in_dim(out, self._at, near.shape[2], axis=2)
       near = jnp.where(self._own(q.shape[1]), near, far)
@@ -80,10 +82,13 @@ class Held(NamedTuple):
       own = self._own(probs.shape[1])
       near, rest = jnp.where(own, near, 0), jnp.where(own, 0, near)
     far = jax.lax.dynamic_update_slice_in_dim(far, rest, self._at, axis=2)
-    part = lambda i: jax.lax.dynamic_slice_in_dim(far, i * n, n, axis=2)
-    return jax.lax.fori_loop(
-        0, self._chunks, lambda i, y: y + product(part(i), self._decoded('v', i)),
-        product(near, self.v)).astype(probs.dtype)
+
+    def more(i, y):
+      parts = self._decoded('v', i)
+      weights = jax.lax.dynamic_slice_in_dim(far, i * n, n, axis=2)
+      weights = weights.reshape(*probs.shape[:2], -1, len(parts))
+      return y + sum(product(weights[..., k], v) for k, v in enumerate(parts))
+    return jax.lax.fori_loop(0, self._chunks, more, product(near, self.v)).astype(probs.dtype)
 
   @property
   def _room(self):
@@ -110,10 +115,10 @@ class Held(NamedTuple):
     return jnp.tile(self.own, (rows // self.own.shape[0], 1))[None]
 
   def _decoded(self, name, i):
-    """Keys or values of chunk i as floats, [G*B n K]."""
+    """Keys or values of chunk i as floats, as `apart` gives them."""
     parts = {part: self.slot.length(part) * self._size // self._room for part in names(name)}
-    return decoded(*(self.slot.part(part, i * size, size) for part, size in parts.items()),
-                   self.config.cache, jnp.dtype(self.config.dtype))
+    return apart(*(self.slot.part(part, i * size, size) for part, size in parts.items()),
+                 self.config.cache, jnp.dtype(self.config.dtype))
 
 
 def held(slot, k, v, frame, config):
@@ -208,14 +213,23 @@ def encoded(x, known, rounding, *, per_token):
 
 def decoded(packed, scale, least, rounding, dtype):
   """The numbers [N S K] that codes stand for, as `encoded` gives them."""
-  N, _, K = packed.shape
-  S = packed.shape[1] * 8 // rounding.bits
-  per_token = scale.shape[1] == S
-  axis = 3 if per_token else 2
-  codes = unpack(packed, rounding.bits, S).astype(jnp.float32)
-  codes = codes.reshape(_parts((N, S, K), rounding, per_token))
-  wide = lambda v: jnp.expand_dims(v.astype(jnp.float32), axis)
-  return (codes * wide(scale) + wide(least)).astype(dtype).reshape(N, S, K)
+  parts = apart(packed, scale, least, rounding, dtype)
+  return jnp.stack(parts, axis=2).reshape(packed.shape[0], -1, packed.shape[2])
+
+
+def apart(packed, scale, least, rounding, dtype):
+  """The same, [N S/n K] of the first, the second, ... of each n tokens whose codes share a byte."""
+  (N, rows, K), each = packed.shape, 8 // rounding.bits
+  per_token = scale.shape[1] == rows * each
+  axis, out = 3 if per_token else 2, []
+  for k in range(each):
+    codes = (packed >> (k * rounding.bits)) & (2 ** rounding.bits - 1)
+    codes = codes.reshape((N, rows, scale.shape[2], -1) if per_token else (
+        N, -1, rounding.group // each, K)).astype(jnp.float32)
+    wide = lambda v, k=k: jnp.expand_dims(
+        (v[:, k::each] if per_token else v).astype(jnp.float32), axis)
+    out.append((codes * wide(scale) + wide(least)).astype(dtype).reshape(N, rows, K))
+  return out
 
 
 def overwritten(slot, name, new, at, several):
