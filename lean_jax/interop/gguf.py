@@ -1,6 +1,7 @@
 """GGUF models of Llama's kind: opened as they are rounded, and written."""
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import re
 import warnings
@@ -84,6 +85,9 @@ def load_gguf(path, *, dtype=None, scan_layers=None, shardings=None):
     tokenizer = gguf_tokenizer.read(keys, path)
     family = family_of(hf)
     config = configured(family.from_hf(hf), dtype=dtype)
+    if tokenizer.size > config.vocabulary:
+      raise InputError(f'{str(path)!r} has {tokenizer.size} tokens and a table of '
+                       f'{config.vocabulary}; download it again')
     mixed = mixed_types(found)
     if mixed and scan_layers:
       raise InputError(f'{str(path)!r} has layers of several types ({listed(mixed)}), which cannot '
@@ -106,32 +110,17 @@ def described(keys, found, path):
     InputError: another architecture, or keys that are absent or not of these tensors.
   """
   name = keys.get('general.architecture')
-  if name not in ARCHITECTURES:
+  if not isinstance(name, str) or name not in ARCHITECTURES:
     raise InputError(f'{str(path)!r} is of architecture {name!r}; lean_jax reads: '
                      f'{", ".join(ARCHITECTURES)}')
-  bad = lambda what: gguf_file.damaged(path, what)
-
-  def number(key, default=None, kind=int):
-    value = keys.get(f'{name}.{key}', default)
-    if isinstance(value, list) and value and len(set(value)) == 1:
-      value = value[0]
-    if type(value) not in (int, kind) or not 0 < value < 1 << 31:
-      raise bad(f'{name}.{key} is {value!r:.80}, expected a positive {kind.__name__}')
-    return value if kind is int else float(str(np.float32(value)))     # 1e-5, and not its float32
-  shape = lambda name: found[name].shape if name in found else (0,)
+  number = functools.partial(_number, keys, name, path)
   width, layers, heads = (number(k) for k in (
       'embedding_length', 'block_count', 'attention.head_count'))
   groups = number('attention.head_count_kv', heads)
   head = number('attention.key_length', width // heads or 1)
   hidden = number('feed_forward_length')
-  rows = {'attn_q': heads * head, 'attn_k': groups * head, 'attn_v': groups * head,
-          'ffn_up': hidden}
-  wanted = {f'blk.0.{n}.weight': (k, width) for n, k in rows.items()}
-  wanted['token_embd.weight'] = shape('token_embd.weight')[:1] + (width,)
-  odd = [f'{n} {shape(n)} instead of {s}' for n, s in wanted.items() if shape(n) != s]
-  if layers > len(found) or odd:                 # before anything of these sizes is made
-    raise bad(f'its keys say {layers} layers, it has {len(found)} tensors'
-              if layers > len(found) else f'its keys do not fit {listed(odd)}')
+  vocabulary = _fitting(found, path, width, layers, dict(
+      attn_q=heads * head, attn_k=groups * head, attn_v=groups * head, ffn_up=hidden))
   asked = {k: keys[k] for k in (f'{name}.rope.dimension_count', f'{name}.attention.value_length')
            if keys.get(k, head) != head}
   if keys.get(f'{name}.expert_count') or asked:
@@ -142,7 +131,7 @@ def described(keys, found, path):
   if window:
     model = dict(llama='mistral').get(model, model)
   hf = dict(
-      model_type=model, vocab_size=wanted['token_embd.weight'][0], hidden_size=width,
+      model_type=model, vocab_size=vocabulary, hidden_size=width,
       num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
       head_dim=head, intermediate_size=hidden, max_position_embeddings=number('context_length'),
       rms_norm_eps=number('attention.layer_norm_rms_epsilon', 1e-5, float),
@@ -155,6 +144,29 @@ def described(keys, found, path):
     hf |= dict(attention_bias='blk.0.attn_q.bias' in found, mlp_bias='blk.0.ffn_up.bias' in found)
   return hf | {f'{kind}_token_id': keys.get(f'tokenizer.ggml.{kind}_token_id')
                for kind in ('bos', 'eos')}, paired
+
+
+def _number(keys, architecture, path, key, default=None, kind=int):
+  """A positive number of an architecture's keys; InputError where it is none."""
+  value = keys.get(f'{architecture}.{key}', default)
+  if isinstance(value, list) and value and len(set(value)) == 1:       # the same of all layers
+    value = value[0]
+  if type(value) not in (int, kind) or not 0 < value < 1 << 31:
+    raise gguf_file.damaged(path, f'{architecture}.{key} is {value!r:.80}, expected a positive '
+                            f'{kind.__name__}')
+  return value if kind is int else float(str(np.float32(value)))       # 1e-5, and not its float32
+
+
+def _fitting(found, path, width, layers, rows):
+  """The vocabulary, if tensors have the sizes that keys say: before anything is made of these."""
+  shape = lambda name: found[name].shape if name in found else (0,)
+  wanted = {f'blk.0.{n}.weight': (k, width) for n, k in rows.items()}
+  wanted['token_embd.weight'] = (*shape('token_embd.weight')[:1], width)
+  odd = [f'{n} {shape(n)} instead of {s}' for n, s in wanted.items() if shape(n) != s]
+  if layers > len(found) or odd:
+    raise gguf_file.damaged(path, f'its keys do not fit {listed(odd)}' if odd else
+                            f'its keys say {layers} layers, it has {len(found)} tensors')
+  return wanted['token_embd.weight'][0]
 
 
 def scaling(keys, name, found, path):

@@ -44,24 +44,29 @@ def read(keys, path):
                      f'{ids} past them; download it again')
   try:
     backend = (_sentencepiece if model == 'llama' else _bytes)(tokens, types, get, ids, path)
+    _add_special(backend, tokens, types, get, ids)
   except InputError:
     raise
   except Exception as error:                           # the library raises plain Exception
     raise InputError(f'{str(path)!r} has no tokenizer that can be built '
                      f'({" ".join(str(error).split())[:200]}); download it again') from error
-  for special, wanted in ((True, (UNKNOWN, CONTROL)), (False, (USER,))):
-    added = [tokenizers.AddedToken(t, normalized=False, special=special)
-             for t, kind in zip(tokens, types) if kind in wanted]
-    (backend.add_special_tokens if special else backend.add_tokens)(added)
-  begins = get('add_bos_token', model == 'llama' or get('pre') == 'llama-bpe')
-  if begins is True and ids['bos'] is not None:
-    name = tokens[ids['bos']]
-    backend.post_processor = processors.TemplateProcessing(
-        single=[name, '$A'], pair=[name, '$A', name, '$B'], special_tokens=[(name, ids['bos'])])
   template = get('chat_template')
   settings = dict(chat_template=template) if isinstance(template, str) else {}
   return Tokenizer(backend, ids['bos'], ids['eos'], settings,
                    () if ids['eot'] is None else (ids['eot'],))
+
+
+def _add_special(backend, tokens, types, get, ids):
+  """Adds tokens that are found whole in a text, and what is put before each."""
+  for special, wanted in ((True, (UNKNOWN, CONTROL)), (False, (USER,))):
+    added = [tokenizers.AddedToken(t, normalized=False, special=special)
+             for t, kind in zip(tokens, types) if kind in wanted]
+    (backend.add_special_tokens if special else backend.add_tokens)(added)
+  begins = get('add_bos_token', get('model') == 'llama' or get('pre') == 'llama-bpe')
+  if begins is True and ids['bos'] is not None:
+    name = tokens[ids['bos']]
+    backend.post_processor = processors.TemplateProcessing(
+        single=[name, '$A'], pair=[name, '$A', name, '$B'], special_tokens=[(name, ids['bos'])])
 
 
 def _sentencepiece(tokens, types, get, ids, path):

@@ -1,4 +1,6 @@
 """Models of Llama's kind written as GGUF, encoded by the format's own package."""
+import contextlib
+
 import numpy as np
 
 from lean_jax.errors import InputError
@@ -13,6 +15,7 @@ from lean_jax.nn.rope_scaling import Linear, Llama3, LongRope, plain
 
 ENCODINGS = ('F32', 'F16', 'Q8_0', 'Q4_0')
 _BLOCK = 32                   # numbers; rows of other lengths are F16
+_TOP = 65504                  # the greatest float16
 
 
 def save_gguf(path, family, config, params, tokenizer, *, encoding='F16', name=None):
@@ -62,17 +65,17 @@ def save_gguf(path, family, config, params, tokenizer, *, encoding='F16', name=N
     for n, (shape, _) in wanted.items():
       rows = gguf.quant_shape_to_byte_shape(shape, of[kinds[n]])
       out.add_tensor_info(theirs(n), rows, np.dtype(np.uint8), int(np.prod(rows)), of[kinds[n]])
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_ti_data_to_file()
-    if factors is not None:
-      out.write_tensor_data(factors)
-    for n in wanted:
-      x = in_pairs(np.asarray(value(n), np.float32), n, out.arch, config)
-      if not np.abs(x).max() <= (np.inf if kinds[n] == 'F32' else 65504):
-        raise InputError(f'{n} has numbers that are no finite float16; save with encoding F32')
-      out.write_tensor_data(gguf.quants.quantize(x, of[kinds[n]]))
-    out.close()
+    with contextlib.closing(out):
+      out.write_header_to_file()
+      out.write_kv_data_to_file()
+      out.write_ti_data_to_file()
+      if factors is not None:
+        out.write_tensor_data(factors)
+      for n in wanted:
+        x = in_pairs(np.asarray(value(n), np.float32), n, out.arch, config)
+        if kinds[n] != 'F32' and not np.abs(x).max() <= _TOP:
+          raise InputError(f'{n} has numbers that are no finite float16; save with encoding F32')
+        out.write_tensor_data(gguf.quants.quantize(x, of[kinds[n]]))
 
 
 def kind_of(shape, encoding):
