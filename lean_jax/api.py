@@ -199,10 +199,8 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   if format == 'gguf':
     if extra:
       raise InputError('a GGUF file has no other files in it; leave extra out')
-    if pathlib.Path(folder).exists() and (not overwrite or pathlib.Path(folder).is_dir()):
-      raise InputError(f'{folder} is there already; name another file, or allow overwriting')
     gguf_write.save_gguf(folder, model.family, model.config, model.params, model.tokenizer,
-                         encoding=encoding or 'F16', name=pathlib.Path(folder).stem)
+                         encoding=encoding or 'F16', overwrite=overwrite)
     return
   if encoding is not None:
     raise InputError(f"encoding {encoding!r} of format {format!r}; it is of format 'gguf'")

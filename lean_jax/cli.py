@@ -42,7 +42,7 @@ def _parser():
     p.set_defaults(run=run)
     if folder:
       p.add_argument('folder', metavar='DIR', help='a Hugging Face or lean_jax model folder, or '
-                     'ORGANIZATION/NAME of the hub')
+                     'ORGANIZATION/NAME of the hub, or a GGUF file')
     return p
 
   p = verb('demo', _demo, 'make a small model lean, end to end, on this machine',

@@ -116,22 +116,21 @@ def write(model, prompt, *, tokens: int = 64, temperature: float = 0., top_k: in
   ids = [encoded(model, p) for p in prompts]
   if truncate:
     ids = [truncated(model, p, tokens) for p in ids]
-  ends, copies = model.tokenizer.ends, range(n)
-  pieces = [Pieces(model.tokenizer, [] if reads(model) else p, stop) for p in ids for _ in copies]
+  ends = model.tokenizer.ends
+  pieces = [Pieces(model.tokenizer, [] if reads(model) else p, stop) for p in ids for _ in range(n)]
   if beams != 1:
-    found, lengths, held = beam.searched(
-        model.module, model.params, ids, tokens=tokens, ends=ends, beams=beams,
+    counts, held = search(
+        model, ids, pieces, n, tokens=tokens, ends=ends, beams=beams, cache=cache,
         length_penalty=length_penalty, early_stopping=early_stopping,
-        repetition_penalty=repetition_penalty, cache=cache)
-    rows = [row[k, :count[k]] for row, count in zip(found, lengths) for k in copies]
-    counts, drafts = [take(*row, ends)[0] for row in zip(pieces, rows)], (0, 0)
+        repetition_penalty=repetition_penalty)
+    drafts = (0, 0)
   else:
     writer = Writer(
         model.module, model.params, ids, tokens=tokens, ends=ends, sampling=sampling,
         key=jax.random.key(seed), copies=n, ahead=ahead, cache=cache,
         draft=None if draft is None else (draft.module, draft.params))
-    counts, drafts = follow(writer, pieces, ends, stream, bool(stop)), writer.drafts
-    held = writer.cache_bytes
+    counts = follow(writer, pieces, ends, stream, bool(stop))
+    drafts, held = writer.drafts, writer.cache_bytes
   by_prompt = lambda rows: [rows[k:k + n] for k in range(0, len(rows), n)]
   texts = by_prompt([piece.text for piece in pieces])
   answers, picked = chosen(texts, vote, scorer)
@@ -139,6 +138,13 @@ def write(model, prompt, *, tokens: int = 64, temperature: float = 0., top_k: in
            for p, given in zip(prompts, ids)]
   return Written(heads, texts, by_prompt(counts), [len(p) for p in ids], answers, picked, drafts,
                  held)
+
+
+def search(model, ids, pieces, n, *, ends, **settings):
+  """Adds the best n texts of each prompt to their `Pieces`; gives their tokens, and cache bytes."""
+  found, lengths, held = beam.searched(model.module, model.params, ids, ends=ends, **settings)
+  rows = [row[k, :count[k]] for row, count in zip(found, lengths) for k in range(n)]
+  return [take(*row, ends)[0] for row in zip(pieces, rows)], held
 
 
 def follow(writer, pieces, ends, stream, stops):

@@ -1,5 +1,6 @@
 """Models of Llama's kind written as GGUF, encoded by the format's own package."""
 import contextlib
+import pathlib
 
 import numpy as np
 
@@ -18,7 +19,8 @@ _BLOCK = 32                   # numbers; rows of other lengths are F16
 _TOP = 65504                  # the greatest float16
 
 
-def save_gguf(path, family, config, params, tokenizer, *, encoding='F16', name=None):
+def save_gguf(path, family, config, params, tokenizer, *, encoding='F16',
+              overwrite=False):
   """Writes one file, whole or not at all, a tensor at a time.
 
   Args:
@@ -27,14 +29,17 @@ def save_gguf(path, family, config, params, tokenizer, *, encoding='F16', name=N
     tokenizer: of `data.tokenizer`.
     encoding: of matrices: 'F32', 'F16', 'Q8_0' or 'Q4_0'; F16 where rows are no whole blocks.
       Vectors are F32.
-    name: of the model, for those who look.
+    overwrite: whether the file may exist.
 
   Raises:
-    InputError: a model or a tokenizer that GGUF has no words for, numbers past float16, an
-      encoding that is not written, or the package gguf is not there.
+    InputError: the file exists, a model or a tokenizer that GGUF has no words for, numbers past
+      float16, an encoding that is not written, or the package gguf is not there.
   """
   if encoding not in ENCODINGS:
     raise InputError(f'no encoding {encoding!r}; there are: {", ".join(ENCODINGS)}')
+  path = pathlib.Path(path)
+  if path.exists() and (not overwrite or path.is_dir()):
+    raise InputError(f'{path} is there already; name another file, or allow overwriting')
   try:
     import gguf
   except ImportError as error:
@@ -51,8 +56,7 @@ def save_gguf(path, family, config, params, tokenizer, *, encoding='F16', name=N
   of = gguf.GGMLQuantizationType
   with replacing(path) as file:
     out = gguf.GGUFWriter(file.name, keys.pop('architecture'))
-    if name:
-      out.add_name(name)
+    out.add_name(path.stem)
     out.add_quantization_version(gguf.GGML_QUANT_VERSION)
     out.add_file_type(gguf.LlamaFileType[
         {'F32': 'ALL_F32'}.get(encoding, f'MOSTLY_{encoding}')])
