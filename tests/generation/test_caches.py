@@ -112,6 +112,23 @@ def test_greedy_text_in_eight_bits_is_that_of_floats():
   np.testing.assert_array_equal(generate(*model(), prompts, tokens=40, cache='float'), free)
 
 
+def test_padding_leaves_no_trace_in_the_grids():
+  read, empty = reader(CONFIG, 'int4')
+  mask = np.arange(48)[None] >= np.array([[5], [0]])
+
+  def text(padding):
+    ids = np.where(mask, IDS[:, :48], padding)
+    return read(IDS[:, 48:], read(ids, empty, 0, mask)[1], 48)[0]
+  np.testing.assert_array_equal(text(7), text(60))
+  assert (text(7)[0] != read(IDS[:, 48:], read(IDS[:, :48], empty, 0)[1], 48)[0][0]).any()
+
+
+def test_a_row_whose_groups_begin_where_they_do_alone_is_the_row_alone():
+  prompts = [IDS[0, :40], IDS[1, :8]]
+  both = generate(*model(), prompts, tokens=40, cache='int4')
+  np.testing.assert_array_equal(both[1], generate(*model(), prompts[1], tokens=40, cache='int4'))
+
+
 @pytest.mark.parametrize('config', [CONFIG, MIXED], ids=['attention', 'with states'])
 def test_a_draft_does_not_change_the_text(config):
   how = dict(tokens=60, cache='int4')
