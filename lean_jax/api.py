@@ -20,8 +20,9 @@ from lean_jax.errors import InputError
 from lean_jax.evaluation import texts as texts_in
 from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.files import occupied, replace_folder
+from lean_jax.generation.caches import with_cache
 from lean_jax.generation.text import generate
-from lean_jax.interop import hf, sentence, tensors
+from lean_jax.interop import gguf, gguf_write, hf, sentence, tensors
 from lean_jax.interop.hub import local_folder
 from lean_jax.models.families import Family, family_of
 from lean_jax.models.segments import configured, converted
@@ -32,7 +33,7 @@ from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
 
 MATRICES = '(.*/)?layers/.*'      # the weights that the methods below take by default
-FORMATS = ('lean', 'hf')
+FORMATS = ('lean', 'hf', 'gguf')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,15 +119,16 @@ class Model:
 
 def load(folder, *, dtype: str | None = None, scan_layers: bool | None = None,
          mesh: jax.sharding.Mesh | None = None) -> Model:
-  """A model from a folder: one that `save` made, or a Hugging Face checkpoint.
+  """A model from a folder that `save` made or of a Hugging Face checkpoint, or from a GGUF file.
 
   A checkpoint is read a block at a time, each array to where it will live. Warns of tensors with a
   NaN or an infinity.
 
   Args:
     folder: a path; or 'organization/name', a model of the Hugging Face hub, '@revision' after it if
-      not its main one: from the hub's cache, or fetched.
-    dtype: of a Hugging Face checkpoint's parameters and activations: 'float32' (None), 'bfloat16'
+      not its main one: from the hub's cache, or fetched; or a GGUF file, or a folder with one and
+      no config.json, of a Llama, Mistral or Qwen2: what it rounds stays rounded.
+    dtype: of a checkpoint's parameters and activations: 'float32' (None), 'bfloat16'
       or 'float16'. A saved model keeps its own, and refuses another.
     scan_layers: whether layers of one kind are stacked, which compiles one for all, or each is
       written out; None stacks those of a checkpoint and leaves a saved model's as they are.
@@ -137,8 +139,14 @@ def load(folder, *, dtype: str | None = None, scan_layers: bool | None = None,
     InputError: no such folder, an architecture that is not supported, a corrupt or missing file, or
       the hub cannot be reached.
   """
-  folder = local_folder(folder)
+  file = gguf.file_in(folder)
+  folder = local_folder(folder) if file is None else file
   shardings = None if mesh is None else lambda like: meshes.shardings(like, mesh)
+  if file is not None:
+    family, config, params, tokenizer, hf_config = gguf.load_gguf(
+        file, dtype=dtype, scan_layers=scan_layers, shardings=None if mesh is None else (
+            lambda params: meshes.shardings(params, mesh)))
+    return Model(family, config, params, tokenizer, hf_config)
   if (folder / 'lean.json').exists():
     if dtype is not None:
       raise InputError(f'{folder} was saved by lean_jax with its own dtypes; load it without dtype')
@@ -168,22 +176,34 @@ def scan_layers(model: Model, scan: bool = True) -> Model:
 
 
 def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
-         extra: Mapping[str, str] | None = None, max_shard_size: int | str = '5GB'):
-  """Writes a model to a new folder, whole or not at all.
+         extra: Mapping[str, str] | None = None, max_shard_size: int | str = '5GB',
+         encoding: str | None = None):
+  """Writes a model to a new folder, or to a GGUF file, whole or not at all.
 
   Args:
     format: 'lean' keeps every weight as it is, with a digest of each that `load` verifies; 'hf'
-      writes the dense value of each, in its dtype, which `transformers` loads.
-    overwrite: whether the folder may exist; the old one is replaced in the end.
+      writes the dense value of each, in its dtype, which `transformers` loads; 'gguf' writes a
+      Llama, Mistral or Qwen2 with its tokenizer to a file, which llama.cpp loads.
+    overwrite: whether the folder or file may exist; the old one is replaced in the end.
     extra: {file name: text} to go with it.
     max_shard_size: of a file of format 'hf', in bytes or like '300MB'; a larger model is in several
       files, with an index.
+    encoding: of the matrices of format 'gguf': 'F16' (None), 'F32', 'Q8_0' or 'Q4_0'.
 
   Raises:
-    InputError: the folder exists, the disk is full, or there is no such format.
+    InputError: the folder exists, the disk is full, there is no such format, or it has no words for
+      this model.
   """
   if format not in FORMATS:
     raise InputError(f'no format {format!r}; there are: {", ".join(FORMATS)}')
+  if format == 'gguf':
+    if extra:
+      raise InputError('a GGUF file has no other files in it; leave extra out')
+    gguf_write.save_gguf(folder, model.family, model.config, model.params, model.tokenizer,
+                         encoding=encoding or 'F16', overwrite=overwrite)
+    return
+  if encoding is not None:
+    raise InputError(f"encoding {encoding!r} of format {format!r}; it is of format 'gguf'")
   def rest(new):
     model.tokenizer.save(new, types=getattr(model.config, 'token_types', 0) > 1)
     sentence.write(new, model.config)
@@ -268,19 +288,20 @@ def distill(teacher: Model, data, *, student: Model | None = None, keep: int | N
 
 
 def evaluate(model: Model, data, *, window: int | None = None, field: str = 'text',
-             split: str = 'all', progress=None) -> dict[str, float]:
+             split: str = 'all', cache: str = 'float', progress=None) -> dict[str, float]:
   """Perplexity by the protocol of docs/evaluation.md.
 
   Args:
     data: a path (see `data.sources.open_source`), a Source, or Windows.
     window: tokens a window; None is the model's context.
     split: 'all', or 'test' of a source that is split.
+    cache: 'int8' or 'int4' reads keys and values as `generate` does with it: see its `caches`.
 
   Returns:
     perplexity, nll, bits_per_byte, tokens, seconds.
   """
   with _windows(data, split, model, window or model.config.context, field) as windows:
-    return perplexity(model.module, model.params, windows, progress=progress)
+    return perplexity(with_cache(model.module, cache), model.params, windows, progress=progress)
 
 
 def _check_described(folder, config, params):

@@ -42,7 +42,7 @@ def _parser():
     p.set_defaults(run=run)
     if folder:
       p.add_argument('folder', metavar='DIR', help='a Hugging Face or lean_jax model folder, or '
-                     'ORGANIZATION/NAME of the hub')
+                     'ORGANIZATION/NAME of the hub, or a GGUF file')
     return p
 
   p = verb('demo', _demo, 'make a small model lean, end to end, on this machine',
@@ -62,6 +62,8 @@ def _parser():
   p.add_argument('--data', required=True, help='file, folder, .jsonl, stdlib or tfds:NAME')
   p.add_argument('--field', default='text', help="the text's key in JSON (%(default)s)")
   p.add_argument('--window', type=int, help="tokens a window (the model's context)")
+  p.add_argument('--cache', default='float', help='keys and values as generate --cache keeps them '
+                 '(%(default)s)')
   p.add_argument('--json', action='store_true')
   p = verb('generate', _generate, 'text that follows a prompt, or a conversation',
            'lean-jax generate DIR --prompt "Once upon a time" --tokens 100')
@@ -152,7 +154,7 @@ def _eval(arguments, _):
   model = api.load(arguments.folder)
   with Bars().bar('evaluate') as update:
     found = api.evaluate(model, arguments.data, window=arguments.window, field=arguments.field,
-                         progress=update)
+                         cache=arguments.cache, progress=update)
   print(json.dumps(found) if arguments.json else
         '\n'.join(f'{k:<14} {v:,.4f}' if isinstance(v, float) else f'{k:<14} {v:,}'
                   for k, v in found.items()))

@@ -11,7 +11,7 @@ import lean_jax as lean
 from lean_jax.errors import InputError
 
 SETTINGS = ('tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'stop',
-            'seed', 'n', 'beams', 'length_penalty', 'ahead', 'truncate')
+            'seed', 'n', 'beams', 'length_penalty', 'ahead', 'truncate', 'cache')
 
 
 def add_arguments(parser):
@@ -36,9 +36,12 @@ def add_arguments(parser):
   flag('--length-penalty', type=float, default=1., help='of the beam search (%(default)s)')
   flag('--draft', metavar='DIR', help='a smaller model of the same tokenizer that proposes tokens')
   flag('--ahead', type=int, default=4, help='how many at a time (%(default)s)')
+  flag('--cache', default='float', help='how keys and values are kept: float, int8 or int4 '
+       '(%(default)s)')
   flag('--truncate', action='store_true', help='cut a prompt that the context has no room for')
   flag('--stream', action='store_true', help='print the text as it comes')
-  flag('--json', action='store_true', help='texts, tokens a second, drafted tokens kept')
+  flag('--json', action='store_true', help='texts, tokens a second, drafted tokens kept, bytes of '
+       'the cache')
 
 
 def run(arguments):
@@ -83,7 +86,7 @@ def run(arguments):
         texts=texts, tokens=out.counts[0], prompt_tokens=out.read[0], chosen=chosen,
         answers=None if out.answers is None else out.answers[0], seconds_with_compilation=seconds,
         tokens_per_second=sum(out.counts[0]) / seconds, drafted=out.drafts[0],
-        drafted_kept=out.acceptance)))
+        drafted_kept=out.acceptance, cache_bytes=out.cache_bytes)))
     return
   for text in texts if chosen is None else [texts[chosen]]:
     print(text)

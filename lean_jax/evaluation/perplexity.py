@@ -8,6 +8,7 @@ import numpy as np
 
 from lean_jax.data.batches import sequential
 from lean_jax.errors import InputError
+from lean_jax.models.stack import empty_cache
 
 
 def perplexity(module, params, windows, *, batch=16, progress=None):
@@ -51,9 +52,13 @@ def perplexity(module, params, windows, *, batch=16, progress=None):
 def nll(module, params, tokens):
   """-log p of each token but a row's first, given those before it: [B T-1] float32, nats.
 
-  Only one row's logits are in memory at a time.
+  Only one row's logits are in memory at a time. A model whose config has a `cache` reads its keys
+  and values from it, as it does while it writes.
   """
-  x, _ = module.apply({'params': params}, tokens, method='hidden')          # [B T D]
+  config, cache = module.config, None
+  if config.cache is not None:
+    cache = empty_cache(config, *tokens.shape)
+  x, _ = module.apply({'params': params}, tokens, cache, method='hidden')   # [B T D]
 
   def row(given):
     x, targets = given                                                      # [T-1 D], [T-1]

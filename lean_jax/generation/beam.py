@@ -15,6 +15,7 @@ from flax import struct
 
 from lean_jax.errors import InputError
 from lean_jax.generation import loop
+from lean_jax.generation.caches import cache_bytes, with_cache
 from lean_jax.generation.prompts import begun, check_length
 from lean_jax.generation.sampling import penalized
 from lean_jax.generation.writer import renewals, written_out
@@ -63,8 +64,13 @@ class Rules(struct.PyTreeNode):
   last: Any
 
 
-def search(module, params, prompts, *, tokens, beams, ends=(), length_penalty=1.,
-           early_stopping=False, repetition_penalty=None):
+def search(module, params, prompts, **settings):
+  """The ids and lengths of `searched`."""
+  return searched(module, params, prompts, **settings)[:2]
+
+
+def searched(module, params, prompts, *, tokens, beams, ends=(), length_penalty=1.,
+             early_stopping=False, repetition_penalty=None, cache=None):
   """The best texts that follow prompts, or the best targets of sources.
 
   Args:
@@ -74,14 +80,17 @@ def search(module, params, prompts, *, tokens, beams, ends=(), length_penalty=1.
     early_stopping: whether a prompt is done once K texts have ended; else it is once no beam, at
       its present length, is better than the worst of them.
     repetition_penalty: see `sampling.Sampling`; applied to log-probabilities.
+    cache: how keys and values are kept, see `caches`.
 
   Returns:
-    ids [B K n], int32, without prompts, the best text first, and the length of each, [B K].
+    ids [B K n], int32, without prompts, the best text first; the length of each, [B K]; and the
+    bytes of the cache.
 
   Raises:
-    InputError: a setting out of its range, more tokens than the context has, or a context within
-      which positions turn by other angles (LongRoPE).
+    InputError: a setting out of its range, more tokens than the context has, a context within
+      which positions turn by other angles (LongRoPE), or a cache that the model cannot have.
   """
+  module = with_cache(module, cache)
   config = module.config
   check(config, beams, length_penalty, repetition_penalty)
   module, params = written_out(module, params)
@@ -103,7 +112,9 @@ def search(module, params, prompts, *, tokens, beams, ends=(), length_penalty=1.
                 kept=min(kept, beams * config.vocabulary),
                 padded=loop.bucket(longest, config.context) if source is None else longest)
   found, lengths = (np.asarray(x) for x in out)
-  return found[:, :, first:lengths.max()], lengths - first
+  held = cache_bytes(config, len(beginnings) * beams, state.ids.shape[1],
+                     0 if source is None else source[0].shape[1])
+  return found[:, :, first:lengths.max()], lengths - first, held
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'beams', 'kept', 'padded'))

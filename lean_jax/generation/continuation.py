@@ -7,7 +7,7 @@ from lean_jax.generation.writer import Writer
 
 def generate(module, params, prompt_ids, *, tokens, temperature=0., top_k=None, top_p=None,
              min_p=None, repetition_penalty=None, eos=None, key=None, n=1, draft=None,
-             ahead=4):
+             ahead=4, cache=None):
   """The ids that follow prompts; of an encoder and a decoder, the targets of sources.
 
   Args:
@@ -26,6 +26,8 @@ def generate(module, params, prompt_ids, *, tokens, temperature=0., top_k=None, 
     n: texts of each prompt.
     draft: (module, params) of a smaller decoder with the same tokens, which proposes `ahead` tokens
       at a time: see `speculative`.
+    cache: how keys and values are kept: 'float' (None), 'int8' or 'int4', in groups of 32 places,
+      see `nn.rounded`. Of a batch of different lengths the longest prompt says where groups begin.
 
   Returns:
     int32 [t], of several prompts [B t], t <= tokens, without the prompt, or without the target's
@@ -33,7 +35,8 @@ def generate(module, params, prompt_ids, *, tokens, temperature=0., top_k=None, 
     are filled up with it.
 
   Raises:
-    InputError: an argument that is out of its range, or more tokens than the context has.
+    InputError: an argument that is out of its range, more tokens than the context has, or a cache
+      that the model cannot have.
   """
   prompts = checked_prompts(prompt_ids, module.config.vocabulary)
   sampling = checked(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -42,7 +45,7 @@ def generate(module, params, prompt_ids, *, tokens, temperature=0., top_k=None, 
                      'jax.random.key(seed)')
   check_copies(n, temperature)
   writer = Writer(module, params, prompts, tokens=tokens, sampling=sampling, key=key, copies=n,
-                  ends=() if eos is None else eos, draft=draft, ahead=ahead)
+                  ends=() if eos is None else eos, draft=draft, ahead=ahead, cache=cache)
   writer.advance()
   out = writer.ids()
   out = out.reshape(len(prompts), n, -1) if n > 1 else out

@@ -13,6 +13,7 @@ what it would have written alone, since where it is cut does not depend on what 
 What attention has cached of tokens that were not kept is overwritten before it is seen. A state
 (Mamba, LSTM) cannot be taken back: such a model reads the kept tokens again, from the state before.
 """
+import dataclasses
 import functools
 from typing import Any
 
@@ -216,6 +217,7 @@ def together(tokens, own, replacements, state, ends):
 @functools.lru_cache
 def has_state(config):
   """Whether what a model keeps of a text is not only a place for each token."""
+  config = dataclasses.replace(config, cache=None)       # whole groups of places, as they are taken
   short, long = (jax.eval_shape(lambda n=n: empty_cache(config, 1, n)) for n in (8, 9))
   return any(a.shape == b.shape for a, b in zip(jax.tree.leaves(short), jax.tree.leaves(long)))
 

@@ -28,6 +28,7 @@ class Written:
     answers: [B][n], what the vote was about, or the scores; None without.
     chosen: [B], the index of the text that a vote or a scorer chose; None without.
     drafts: how many tokens a draft proposed, and how many of them were kept.
+    cache_bytes: of what the model kept of the texts while it wrote; a draft's own apart.
   """
   heads: list[str]
   texts: list[list[str]]
@@ -36,6 +37,7 @@ class Written:
   answers: list[list[Any]] | None = None
   chosen: list[int] | None = None
   drafts: tuple[int, int] = (0, 0)
+  cache_bytes: int = 0
 
   @property
   def acceptance(self) -> float | None:
@@ -75,7 +77,8 @@ def write(model, prompt, *, tokens: int = 64, temperature: float = 0., top_k: in
           n: int = 1, vote: Callable[[str], Any] | None = None,
           scorer: Callable[[str], float] | None = None, beams: int = 1, length_penalty: float = 1.,
           early_stopping: bool = False, draft=None, ahead: int = 4,
-          stream: Callable[[str], None] | None = None, truncate: bool = False) -> Written:
+          cache: str = 'float', stream: Callable[[str], None] | None = None,
+          truncate: bool = False) -> Written:
   """What a model writes after prompts.
 
   Args:
@@ -93,12 +96,14 @@ def write(model, prompt, *, tokens: int = 64, temperature: float = 0., top_k: in
     length_penalty, early_stopping: of the beam search, see `beam.search`.
     draft: a smaller `Model` with the same tokenizer that proposes tokens, see `speculative`.
     ahead: tokens that it proposes at a time.
+    cache: how keys and values are kept: 'float', 'int8' or 'int4', see `caches`.
     stream: called with each piece of the text as it comes; for one prompt and n = 1.
     truncate: whether a prompt too long for the context loses its oldest tokens (but the one that
       begins a text), a source its last ones (but the one that ends it).
 
   Raises:
-    InputError: nothing to start from, more tokens than the context has, or a setting out of range.
+    InputError: nothing to start from, more tokens than the context has, a setting out of range, or
+      a cache that the model cannot have.
   """
   stop = (stop,) if isinstance(stop, str) else tuple(stop)
   sampling = checked(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -111,27 +116,35 @@ def write(model, prompt, *, tokens: int = 64, temperature: float = 0., top_k: in
   ids = [encoded(model, p) for p in prompts]
   if truncate:
     ids = [truncated(model, p, tokens) for p in ids]
-  ends, copies = model.tokenizer.ends, range(n)
-  pieces = [Pieces(model.tokenizer, [] if reads(model) else p, stop) for p in ids for _ in copies]
+  ends = model.tokenizer.ends
+  pieces = [Pieces(model.tokenizer, [] if reads(model) else p, stop) for p in ids for _ in range(n)]
   if beams != 1:
-    found, lengths = beam.search(
-        model.module, model.params, ids, tokens=tokens, ends=ends, beams=beams,
+    counts, held = search(
+        model, ids, pieces, n, tokens=tokens, ends=ends, beams=beams, cache=cache,
         length_penalty=length_penalty, early_stopping=early_stopping,
         repetition_penalty=repetition_penalty)
-    rows = [row[k, :count[k]] for row, count in zip(found, lengths) for k in copies]
-    counts, drafts = [take(*row, ends)[0] for row in zip(pieces, rows)], (0, 0)
+    drafts = (0, 0)
   else:
     writer = Writer(
         model.module, model.params, ids, tokens=tokens, ends=ends, sampling=sampling,
-        key=jax.random.key(seed), copies=n, ahead=ahead,
+        key=jax.random.key(seed), copies=n, ahead=ahead, cache=cache,
         draft=None if draft is None else (draft.module, draft.params))
-    counts, drafts = follow(writer, pieces, ends, stream, bool(stop)), writer.drafts
+    counts = follow(writer, pieces, ends, stream, bool(stop))
+    drafts, held = writer.drafts, writer.cache_bytes
   by_prompt = lambda rows: [rows[k:k + n] for k in range(0, len(rows), n)]
   texts = by_prompt([piece.text for piece in pieces])
   answers, picked = chosen(texts, vote, scorer)
   heads = ['' if reads(model) or is_chat(p) else model.tokenizer.decode(given)
            for p, given in zip(prompts, ids)]
-  return Written(heads, texts, by_prompt(counts), [len(p) for p in ids], answers, picked, drafts)
+  return Written(heads, texts, by_prompt(counts), [len(p) for p in ids], answers, picked, drafts,
+                 held)
+
+
+def search(model, ids, pieces, n, *, ends, **settings):
+  """Adds the best n texts of each prompt to their `Pieces`; gives their tokens, and cache bytes."""
+  found, lengths, held = beam.searched(model.module, model.params, ids, ends=ends, **settings)
+  rows = [row[k, :count[k]] for row, count in zip(found, lengths) for k in range(n)]
+  return [take(*row, ends)[0] for row in zip(pieces, rows)], held
 
 
 def follow(writer, pieces, ends, stream, stops):

@@ -7,6 +7,7 @@ import numpy as np
 
 from lean_jax import tree
 from lean_jax.generation import loop, speculative
+from lean_jax.generation.caches import cache_bytes, with_cache
 from lean_jax.generation.prompts import begun, check_length
 from lean_jax.generation.sampling import Sampling
 from lean_jax.models.segments import configured, converted
@@ -22,10 +23,11 @@ class Writer:
     at: the place of the next token.
     end: the place after the last one.
     ended: [rows] bool, which rows are at their end.
+    cache_bytes: of what the model keeps of the texts, a draft's own apart.
   """
 
   def __init__(self, module, params, prompts, *, tokens, sampling=None, ends=(), key=None,
-               copies=1, draft=None, ahead=4):
+               copies=1, draft=None, ahead=4, cache=None):
     """Reads nothing yet.
 
     Args:
@@ -39,10 +41,13 @@ class Writer:
       copies: rows of each prompt, neighbours.
       draft: (module, params) of a smaller decoder with the same tokens, see `speculative`.
       ahead: tokens that it drafts at a time.
+      cache: how the model's keys and values are kept, see `caches`.
 
     Raises:
-      InputError: more tokens than the context has, or a draft that does not fit.
+      InputError: more tokens than the context has, a draft that does not fit, or a cache that the
+        model cannot have.
     """
+    module = with_cache(module, cache, 0 if draft is None else ahead)
     self.module, self.params = written_out(module, params)
     self.config = module.config
     source, beginnings = begun(module, prompts)
@@ -64,6 +69,8 @@ class Writer:
     room = loop.bucket(self.end + ahead, self.config.context)
     self.state = loop.begin([b for b in beginnings for _ in range(copies)], room,
                             None if greedy else key)
+    self.cache_bytes = cache_bytes(self.config, len(self.state.ids), room,
+                                   0 if source is None else source[0].shape[1])
     self.ended = np.zeros((len(prompts) * copies,), bool)
 
   def advance(self, count=None):

@@ -30,8 +30,8 @@ def local_folder(where):
   found = _ID.fullmatch(where) if isinstance(where, str) else None
   if not found or path.exists():
     raise InputError(f'no folder {str(where)!r}; give one with config.json, model.safetensors and '
-                     "tokenizer.json, one that lean_jax saved, or a model of the hub as "
-                     "'organization/name'")
+                     "tokenizer.json, one that lean_jax saved, a model of the hub as "
+                     "'organization/name', or a file that ends in .gguf")
   # Here, because most calls do not need it, and it takes a while.
   from huggingface_hub import errors, snapshot_download
   try:

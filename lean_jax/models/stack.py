@@ -23,6 +23,7 @@ from lean_jax.nn.pooling import Pooling
 from lean_jax.nn.relative import RelativeBias, RelativeOptions
 from lean_jax.nn.rope import rotation
 from lean_jax.nn.rope_scaling import LongRope
+from lean_jax.nn.rounded import Rounding
 
 UNROLL = 4                    # layers in the scan's body: on a CPU the loop itself costs a fifth
 
@@ -75,6 +76,7 @@ class StackConfig:
     causal: whether a token sees only those before it.
     cross: whether each layer attends to an encoder's output too.
     pooling: how a text's vector is made of hidden states; None where nothing says.
+    cache: how keys and values of a text are kept while it is written; None is as they are.
     dtype: of activations and products; parameters are float32.
     remat: whether the backward pass recomputes each layer: less memory, more time.
     scan_layers: whether layers of one kind are stacked.
@@ -116,6 +118,7 @@ class StackConfig:
   causal: bool = True
   cross: bool = False
   pooling: Pooling | None = None
+  cache: Rounding | None = None
   dtype: str = 'float32'
   remat: bool = False
   scan_layers: bool = True
@@ -147,6 +150,7 @@ class Frame(NamedTuple):
 
   Attributes:
     mask: [B T] bool, which tokens are real; None for all.
+    known: [B S] bool, which places have a real token; None where all have and nothing is cached.
     visible: [B or 1, 1, T, S] bool, which keys a query may see, windows aside.
     distance: [T S], from key to query.
     cos, sin: [ropes B T R/2] of the tokens' positions; None without ropes.
@@ -156,6 +160,7 @@ class Frame(NamedTuple):
     cross_visible: [B or 1, 1, 1, S] bool, which of it is real.
   """
   mask: Any = None
+  known: Any = None
   visible: Any = None
   distance: Any = None
   cos: Any = None
@@ -183,6 +188,20 @@ class Slot(struct.PyTreeNode):
     """This layer's array."""
     x = self.arrays[name]
     return x if self.index is None else jax.lax.dynamic_index_in_dim(x, self.index, 0, False)
+
+  def length(self, name):
+    """The length of axis 1 of this layer's array."""
+    return self.arrays[name].shape[1 if self.index is None else 2]
+
+  def part(self, name, start, size):
+    """This layer's array, [:, start:start + size]."""
+    x = self.arrays[name]
+    lead = () if self.index is None else (self.index,)
+    rest = x.ndim - len(lead) - 2
+    at = (*lead, 0, start, *(0,) * rest)
+    whole = x.shape[len(lead):]
+    out = jax.lax.dynamic_slice(x, at, (1,) * len(lead) + (whole[0], size, *whole[2:]))
+    return out.reshape(whole[0], size, *whole[2:])
 
   def set(self, name, value):
     """With this layer's array replaced."""
@@ -415,7 +434,7 @@ def framed(config, tokens, cache, offset, mask):
   if config.attention.ropes:
     turned = [rotation(rope, at, rotated_width(config)) for rope in config.attention.ropes]
     cos, sin = (jnp.stack(part) for part in zip(*turned))
-  return cache, Frame(mask, visible, distance, cos, sin, offset=offset), at
+  return cache, Frame(mask, known, visible, distance, cos, sin, offset=offset), at
 
 
 def crossed(cache, frame, cross, mask):

@@ -1,11 +1,12 @@
 """Attention with grouped keys and values, to the tokens themselves or to an encoder's."""
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lean_jax.nn import rounded
 from lean_jax.nn.causal import causal_attention
 from lean_jax.nn.linear import Linear
 from lean_jax.nn.norm import norm
@@ -61,14 +62,17 @@ class Attention(nn.Module):
     if whole:
       y = causal_attention(q, k, v, scale)
     else:
-      k, v = grouped(k), grouped(v)
-      if slot is not None:
-        slot = slot.put('k', k, frame.offset).put('v', v, frame.offset)
-        k, v = slot.get('k').astype(c.dtype), slot.get('v').astype(c.dtype)
+      held = Plain(grouped(k), grouped(v))
+      if slot is not None and c.cache is not None:
+        slot, held = rounded.held(slot, *held, frame, c)
+      elif slot is not None:
+        slot = slot.put('k', held.k, frame.offset).put('v', held.v, frame.offset)
+        held = Plain(slot.get('k').astype(c.dtype), slot.get('v').astype(c.dtype))
       visible = frame.visible
       if layer.window is not None:
         visible = visible & (jnp.abs(frame.distance) < layer.window)[None, None]
-      y = attend(q, k, v, visible, scale=scale, softcap=o.softcap, sinks=sinks, bias=frame.bias)
+      y = attend_to(q, held, visible, scale=scale, softcap=o.softcap, sinks=sinks,
+                    bias=frame.bias)
     y = nn.with_logical_constraint(y.reshape(B, T, -1), ('batch', 'length', 'heads'))
     y = Linear('btf,fd->btd', (c.heads * c.head_width, D), ('heads', 'embed'), c.dtype,
                o.out_bias, name='o')(y)
@@ -115,6 +119,8 @@ class CrossAttention(nn.Module):
 def state_shapes(config, batch, length):
   """{name: (shape, dtype)} of a layer's keys and values of `length` tokens, as `grouped` has them.
   """
+  if config.cache is not None:
+    return rounded.state_shapes(config, batch, length)
   shape = (config.groups * batch, length, config.head_width)
   return dict(k=(shape, config.dtype), v=(shape, config.dtype))
 
@@ -136,13 +142,32 @@ def grouped(x):
   return x.transpose(2, 0, 1, 3).reshape(G * B, S, K)
 
 
-def attend(q, k, v, visible, *, scale=None, softcap=None, sinks=None, bias=None):
+def attend(q, k, v, visible, **how):
+  """`attend_to` keys [G*B S K] and values [G*B S W], as `grouped` gives them, G dividing H."""
+  return attend_to(q, Plain(k, v), visible, **how)
+
+
+class Plain(NamedTuple):
+  """Keys [G*B S K] and values [G*B S W] as arrays."""
+  k: Any
+  v: Any
+
+  def scores(self, q):
+    """Products of queries [G*B R*T K] with all keys, [G*B R*T S] float32."""
+    return jax.lax.dot_general(q, self.k, (((2,), (2,)), ((0,), (0,))),
+                               preferred_element_type=jnp.float32)
+
+  def mixed(self, probs):
+    """Values weighted by probs [G*B R*T S]: [G*B R*T W]."""
+    return jax.lax.dot_general(probs, self.v, (((2,), (1,)), ((0,), (0,))))
+
+
+def attend_to(q, held, visible, *, scale=None, softcap=None, sinks=None, bias=None):
   """softmax(scale q k) v where `visible` lets it, the softmax in float32.
 
   Args:
     q: [B T H K].
-    k: [G*B S K], as `grouped` gives it, G dividing H.
-    v: [G*B S W].
+    held: keys and values: `Plain`, or `rounded.Held`.
     visible: [B or 1, 1, T or 1, S], bool. A query that sees nothing gets the mean of all.
     scale: None is 1 / sqrt(K).
     softcap: None, or the bound that tanh puts on the scores.
@@ -152,12 +177,11 @@ def attend(q, k, v, visible, *, scale=None, softcap=None, sinks=None, bias=None)
   Returns:
     [B T H W], in q's dtype.
   """
-  (B, T, H, K), S = q.shape, k.shape[1]
-  G = k.shape[0] // B
+  (B, T, H, K), S = q.shape, visible.shape[-1]
+  G = held.k.shape[0] // B
   R = H // G
   q = q.reshape(B, T, G, R, K).transpose(2, 0, 3, 1, 4).reshape(G * B, R * T, K)
-  scores = jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))),
-                               preferred_element_type=jnp.float32)
+  scores = held.scores(q)[:, :, :S]
   scores = scores.reshape(G, B, R, T, S) * (K ** -.5 if scale is None else scale)
   if softcap is not None:
     scores = softcap * jnp.tanh(scores / softcap)
@@ -172,6 +196,5 @@ def attend(q, k, v, visible, *, scale=None, softcap=None, sinks=None, bias=None)
     sink = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(G, 1, R, 1, 1),
                             (*scores.shape[:-1], 1))
     probs = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1))[..., :-1]
-  probs = probs.reshape(G * B, R * T, S).astype(v.dtype)
-  y = jax.lax.dot_general(probs, v, (((2,), (1,)), ((0,), (0,))))
+  y = held.mixed(probs.reshape(G * B, R * T, S).astype(held.v.dtype))
   return y.reshape(G, B, R, T, -1).transpose(1, 3, 0, 2, 4).reshape(B, T, H, -1)

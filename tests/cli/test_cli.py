@@ -100,6 +100,26 @@ def test_a_draft_on_the_command_line_changes_no_greedy_text(folder, capsys):
   assert alone['drafted_kept'] is None and drafted['drafted_kept'] == 1
 
 
+def test_a_cache_on_the_command_line_has_fewer_bytes(folder, capsys):
+  given = folder, '--prompt', 'The', '--tokens', 50, '--json'
+  floats, few = (json.loads(written(capsys, *given, '--cache', cache))['cache_bytes']
+                 for cache in ('float', 'int4'))
+  # Of 64 places, 2 layers and 16 channels of keys and of values. Floats: 4 bytes, and one a place.
+  assert floats == 64 * (2 * 2 * 16 * 4 + 1)
+  # Codes, a value's two float16 and a 32nd part of a key's; and 32 places of floats.
+  assert few == 64 * (2 * (2 * 16 // 2 + 4 + 16 * 4 // 32) + 1) + 32 * 2 * 2 * 16 * 4
+  assert main(['generate', str(folder), '--prompt', 'The', '--cache', 'int2']) == 2
+  assert "no cache 'int2'; there are: float, int8, int4" in capsys.readouterr().err
+
+
+def test_perplexity_through_a_cache_is_not_that_of_floats(folder, text, tiny_model, capsys):
+  given = ['eval', str(folder), '--data', str(text), '--window', '64', '--cache', 'int4', '--json']
+  assert main(given) == 0
+  found = json.loads(capsys.readouterr().out)['perplexity']
+  floats = lean.evaluate(tiny_model, text, window=64)['perplexity']
+  assert 0 < abs(found / floats - 1) < .01
+
+
 def test_a_vote_chooses_by_what_its_pattern_finds(folder, capsys):
   given = (folder, '--prompt', 'The', '--tokens', 10, '--temperature', 2, '--n', 5, '--vote',
            '([a-z])[^a-z]*$')
