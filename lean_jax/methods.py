@@ -9,11 +9,15 @@ import jax
 
 from lean_jax.adapters.lora import lora, merge_lora
 from lean_jax.errors import InputError
+from lean_jax.quantization.ema import ema
+from lean_jax.quantization.lsq import lsq, lsq_plus
+from lean_jax.quantization.pact import pact
 from lean_jax.quantization.qat import fake_quantize
 from lean_jax.quantization.rtn import rtn
 from lean_jax.tree import transform
 
-METHODS = dict(rtn=rtn, fake_quantize=fake_quantize, lora=lora, merge_lora=merge_lora)
+METHODS = dict(rtn=rtn, fake_quantize=fake_quantize, lsq=lsq, lsq_plus=lsq_plus, pact=pact, ema=ema,
+               lora=lora, merge_lora=merge_lora)
 
 
 def apply(params, steps, key=None):

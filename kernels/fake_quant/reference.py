@@ -15,3 +15,9 @@ def fake_quant_rows(x):
   """x [... M K] after a round trip through 8 bits, one range a row."""
   codes, scale = quantize_rows(x)
   return (codes.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+def fake_quant_fixed(x, step):
+  """x [..., K] after a round trip through 8 bits; step: of a rank, [..., 1], float32."""
+  codes = jnp.clip(jnp.round(x.astype(jnp.float32) / step), -127, 127)
+  return (codes * step).astype(x.dtype)

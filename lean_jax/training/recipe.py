@@ -9,6 +9,7 @@ from lean_jax import tree
 from lean_jax.distillation.soft_labels import distillation
 from lean_jax.errors import InputError
 from lean_jax.objectives.language_modeling import next_token
+from lean_jax.quantization.ema import averaged, has_averages
 from lean_jax.training.checkpoint import Checkpoints
 from lean_jax.training.loop import fit
 from lean_jax.training.metrics import Metrics
@@ -43,7 +44,7 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
                      f'student of {module.config.vocabulary}; soft labels need the same tokenizer')
   schedule = dict(steps=steps, peak=peak, warmup=warmup, decay=decay, weight_decay=weight_decay,
                   clip=clip)
-  tx = adamw(**schedule)
+  tx = averaged(adamw(**schedule)) if has_averages(params) else adamw(**schedule)
   settings = dict(schedule, accumulate=accumulate)
   frozen = {}
   if teacher is None:

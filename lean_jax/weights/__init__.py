@@ -2,9 +2,12 @@
 from lean_jax.weights.base import Weight, Wrapper
 from lean_jax.weights.dense import Dense
 from lean_jax.weights.fake_quantized import FakeQuantized
+from lean_jax.weights.learned_step import LearnedStep
 from lean_jax.weights.low_rank import LowRank
 from lean_jax.weights.quantized import Quantized
+from lean_jax.weights.trained import Trained
 
-KINDS = (Dense, Quantized, FakeQuantized, LowRank)
+KINDS = (Dense, Quantized, FakeQuantized, LearnedStep, LowRank)
 
-__all__ = ['KINDS', 'Dense', 'FakeQuantized', 'LowRank', 'Quantized', 'Weight', 'Wrapper']
+__all__ = ['KINDS', 'Dense', 'FakeQuantized', 'LearnedStep', 'LowRank', 'Quantized', 'Trained',
+           'Weight', 'Wrapper']

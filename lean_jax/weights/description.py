@@ -3,17 +3,20 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
+from lean_jax.quantization.ema import Average
 from lean_jax.quantization.nested import Nested
+from lean_jax.quantization.pact import Clip
 from lean_jax.quantization.spec import QuantSpec, parse_spec
 from lean_jax.weights import KINDS
 from lean_jax.weights.base import Weight, static_names
 
-_KIND = {kind.__name__: kind for kind in (*KINDS, Nested)}
+_PARTS = (Nested, Clip, Average)                        # of weights
+_KIND = {kind.__name__: kind for kind in (*KINDS, *_PARTS)}
 
 
 def describe(tree):
   """JSON-able: {'kind': ...} of each weight, its fixed fields, each array's shape and dtype."""
-  if isinstance(tree, Weight | Nested):
+  if isinstance(tree, (Weight, *_PARTS)):
     fixed = static_names(type(tree))
     return {'kind': type(tree).__name__} | {
         k: _plain(v) if k in fixed else describe(v) for k, v in vars(tree).items()}

@@ -7,12 +7,14 @@ import pytest
 from lean_jax.interop import hf
 from lean_jax.models.decoder import DecoderConfig
 
-pipeline = importlib.import_module('lean_jax.experiments.lean_pipeline')
+pipeline, qat = (importlib.import_module(f'lean_jax.experiments.{name}')
+                 for name in ('lean_pipeline', 'qat'))
 
 
-@pytest.mark.parametrize('size', pipeline.SIZES)
-def test_every_variant_starts_from_one_before_it_and_every_claim_is_on_a_variant(size):
-  c = pipeline.get_config(size)
+@pytest.mark.parametrize(('experiment', 'size'), [
+    (e, size) for e in (pipeline, qat) for size in e.SIZES])
+def test_every_variant_starts_from_one_before_it_and_every_claim_is_on_a_variant(experiment, size):
+  c = experiment.get_config(size)
   names = [v['name'] for v in c.variants]
   for k, v in enumerate(c.variants):
     assert v['start'] in ('teacher', 'random', *names[:k])
@@ -22,6 +24,7 @@ def test_every_variant_starts_from_one_before_it_and_every_claim_is_on_a_variant
     assert {claim[side].split('.')[0] for side in ('left', 'right')} <= set(names)
   assert c.sample.variant in names
   assert c.speed.prompt + c.speed.decode <= c.data.window
+  assert len(c.sample.prompt) + c.sample.tokens <= c.data.window
 
 
 def test_the_full_size_has_several_hundred_million_parameters():
@@ -32,6 +35,7 @@ def test_the_full_size_has_several_hundred_million_parameters():
   assert 2.5e8 < count < 6e8
 
 
-def test_an_unknown_size_is_refused():
+@pytest.mark.parametrize('experiment', [pipeline, qat])
+def test_an_unknown_size_is_refused(experiment):
   with pytest.raises(ValueError, match='tiny'):
-    pipeline.get_config('huge')
+    experiment.get_config('huge')

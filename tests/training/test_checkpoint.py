@@ -17,6 +17,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lean_jax import files
 from lean_jax.errors import InputError
+from lean_jax.quantization.ema import ema
+from lean_jax.quantization.lsq import lsq, lsq_plus
+from lean_jax.quantization.pact import pact
 from lean_jax.quantization.spec import parse_spec
 from lean_jax.training import stored
 from lean_jax.training.checkpoint import Checkpoints, load_model, read_card, save_model
@@ -42,6 +45,10 @@ def model():
           'low': {'kernel': LowRank(quantized(3, 'w4a16-g64'), jnp.ones((128, 2)),
                                     jnp.zeros((2, 16)), 2.)},
           'fake': {'kernel': FakeQuantized(dense(4, jnp.bfloat16), parse_spec('w4a16-g64'))},
+          'step': {'kernel': lsq(dense(5), 'w4a16-g64')},
+          'offset': {'kernel': lsq_plus(dense(6), 'w2a16-g64')},
+          'clip': {'kernel': pact(FakeQuantized(dense(7), parse_spec('w8a8')), 6.)},
+          'range': {'kernel': ema(lsq(dense(8), 'w8a8'), .99)},
           'int4': jnp.arange(-8, 8).astype(jnp.int4), 'fp8': jnp.ones(3, jnp.float8_e4m3fn)}
 
 
