@@ -360,13 +360,19 @@ class Stack(nn.Module):
       cross: [B S D], the encoder's output that layers attend to; None where the cache has it.
       cross_mask: [B S] bool, which of it is real; None for all.
     """
+    x, frame, cache = self.begin(tokens, cache, offset, mask, token_types, cross, cross_mask)
+    return self.through(x, frame, cache)
+
+  def begin(self, tokens, cache=None, offset=0, mask=None, token_types=None, cross=None,
+            cross_mask=None):
+    """What the layers are given: embeddings [B T D], the Frame and the cache; as `hidden` takes.
+    """
     cache, frame, at = framed(self.config, tokens, cache, offset, mask)
     if self.config.cross:
       cache, frame = crossed(cache, frame, cross, cross_mask)
     if self.config.relative:
       frame = frame._replace(bias=self.relative(frame.distance))
-    x = self.embedded(tokens, at, token_types)
-    return self.through(x, frame, cache)
+    return self.embedded(tokens, at, token_types), frame, cache
 
   def embedded(self, tokens, at, token_types=None):
     """Embeddings [B T D] of tokens [B T] at positions `at` [B or 1, T]."""
@@ -394,9 +400,11 @@ class Stack(nn.Module):
       x, arrays = run_segment(self.layers, c, cut[0], x, frame, arrays)
     else:
       x, arrays = self.layers(x, frame, arrays)
-    if c.final_norm:
-      x = self.norm(x)
-    return x, None if cache is None else dict(cache, layers=arrays)
+    return self.end(x), None if cache is None else dict(cache, layers=arrays)
+
+  def end(self, x):
+    """What `hidden` makes of the last layer's output [B T D]."""
+    return self.norm(x) if self.config.final_norm else x
 
 
 def layer_stack(config, initializing):

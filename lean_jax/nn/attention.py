@@ -41,6 +41,7 @@ class AttentionOptions:
 class Attention(nn.Module):
   """Multi-head attention, the key and value heads shared by groups (arXiv:2305.13245)."""
   config: Any
+  reads = ('q', 'k', 'v')       # the weights that multiply x itself
 
   @nn.compact
   def __call__(self, x, frame, layer, slot):

@@ -47,6 +47,7 @@ class LatentAttention(nn.Module):
   2.1.2). There K and V count as dense, also where their kind of weight rounds activations.
   """
   config: Any
+  reads = ('q', 'q_a', 'kv_a')
 
   @nn.compact
   def __call__(self, x, frame, layer, slot):

@@ -47,6 +47,7 @@ class MambaOptions:
 class Mamba(nn.Module):
   """out(scan(conv(in(x))) * silu(gate(x)))."""
   config: Any
+  reads = ('in', 'gate')
 
   @nn.compact
   def __call__(self, x, frame, layer, slot):

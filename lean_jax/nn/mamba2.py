@@ -65,6 +65,7 @@ class Mamba2Options:
 class Mamba2(nn.Module):
   """out(norm(ssd(conv(in(x))) * silu(gate(x))))."""
   config: Any
+  reads = ('in', 'gate', 'dt')
 
   @nn.compact
   def __call__(self, x, frame, layer, slot):

@@ -33,6 +33,7 @@ ACTIVATIONS = dict(
 class MLP(nn.Module):
   """down(f(gate(x)) * up(x)), or down(f(up(x)))."""
   config: Any
+  reads = ('gate', 'up')        # the weights that multiply x itself
 
   @nn.compact
   def __call__(self, x, frame):

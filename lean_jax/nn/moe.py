@@ -50,6 +50,7 @@ class MoEOptions:
 class MoE(nn.Module):
   """The sum of what a token's experts give, as its router weighs them, and the shared one's."""
   config: Any
+  reads = ('router', 'experts/gate', 'experts/up', 'shared/gate', 'shared/up')
 
   @nn.compact
   def __call__(self, x, frame):

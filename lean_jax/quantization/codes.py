@@ -179,7 +179,7 @@ def _nearest(unit, table):
 def _even(unit):
   """The code of the nearest e2m1 float, of two the one with an even mantissa."""
   size = jnp.abs(unit)
-  # Above the middles of 0 .5 1 1.5 2 3 4 6; at one, the even code is the lower one every other time.
+  # Above the middles of 0 .5 1 1.5 2 3 4 6; at one, the even code is every other time the lower.
   above = [size > .25, size >= .75, size > 1.25, size >= 1.75, size > 2.5, size >= 3.5, size > 5.]
   code = sum(a.astype(jnp.uint8) for a in above)
   return code + jnp.where(jnp.signbit(unit), 8, 0).astype(jnp.uint8)

@@ -1,4 +1,4 @@
-"""Matrices into a format and out of it. All are [..., I, O], I the axis that a product sums over."""
+"""Matrices into a format and out of it: [..., I, O], I the axis that a product sums over."""
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError

@@ -20,8 +20,8 @@ class Nested:
 
   code 'dynamic': double quantization (QLoRA, arXiv:2305.14314, section 3), in the eight bits of
   Dettmers et al. 2021 (arXiv:2110.02861, section 2.1), as bitsandbytes stores it: blocks of 256
-  scales, output channel by output channel. code 'linear': a number times its block's scale, blocks of
-  consecutive groups of a channel, as in the K formats of llama.cpp.
+  scales, output channel by output channel. code 'linear': a number times its block's scale, blocks
+  of consecutive groups of a channel, as in the K formats of llama.cpp.
   """
   codes: Any                                           # [... G O], uint8
   top: Any                                             # dynamic: [... blocks]; linear: [... G/n O]
@@ -48,7 +48,7 @@ class Nested:
 
   def names(self, scale):
     """The logical names of the axes of each array, from those of plain scales."""
-    *batch, g, o = scale
+    *batch, _, _ = scale
     if self.code == 'linear':
       return dataclasses.replace(self, codes=scale, top=scale, offset=None)
     return dataclasses.replace(self, codes=scale, top=(*batch, None), offset=tuple(batch))

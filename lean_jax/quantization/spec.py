@@ -11,9 +11,10 @@ GRAMMAR = ('w<1|1.58|2|3|4|5|6|8>a<16|8>[-g<group>|-tensor][-sym|-asym][-static]
 KNOWN = ('w8a8', 'w8a8-static', 'w8a16', 'w8a16-g64', 'w4a8', 'w4a8-g64', 'w4a16', 'w4a16-g32',
          'w4a16-g64', 'w4a16-g128', 'w4a16-g64-asym', 'w3a16', 'w3a16-g64', 'w3a16-g128', 'w2a16',
          'w2a16-g16', 'w2a16-g32', 'w2a16-g64', 'w2a16-g64-sym', 'w1.58a8', 'w1.58a16', 'w1a8',
-         'w1a16', 'nf4-g64', 'nf4-g64-dq', 'fp4-g64', 'fp4-g64-dq', 'fp4_e2m1-g64', 'fp8', 'fp8-tensor',
-         'fp8_e5m2', 'mxfp4', 'mxfp8')
-BITS = dict(int=None, binary=1, ternary=1.6, nf4=4, fp4=4, fp4_e2m1=4, fp8=8, fp8_e5m2=8, mxfp4=4, mxfp8=8)
+         'w1a16', 'nf4-g64', 'nf4-g64-dq', 'fp4-g64', 'fp4-g64-dq', 'fp4_e2m1-g64', 'fp8',
+         'fp8-tensor', 'fp8_e5m2', 'mxfp4', 'mxfp8')
+BITS = dict(int=None, binary=1, ternary=1.6, nf4=4, fp4=4, fp4_e2m1=4, fp8=8, fp8_e5m2=8,
+            mxfp4=4, mxfp8=8)
 _WORDS = {1: 'binary', 1.58: 'ternary'}
 _TABLES, _MX = ('nf4', 'fp4', 'fp4_e2m1'), ('mxfp4', 'mxfp8')
 
@@ -66,7 +67,8 @@ def parse_spec(text):
   """The QuantSpec of a scheme's name.
 
   Two bits default to an asymmetric grid, more to a symmetric one: of four levels a symmetric grid
-  uses three. `nf4`, `fp4` and `fp4_e2m1` have groups of 64, ternary and binary weights one scale a matrix.
+  uses three. `nf4`, `fp4` and `fp4_e2m1` have groups of 64, ternary and binary weights one scale a
+  matrix.
 
   Raises:
     InputError: the name is not in the grammar, or names what no product here computes.
@@ -81,8 +83,8 @@ def parse_spec(text):
   width, activation, code, group, tensor, kind, static, double = match.groups()
   group = int(group) if group else None
   if code:
-    odd = (kind or static or double and code not in _TABLES or tensor and code in (*_TABLES, *_MX)
-           or code in _MX and group)
+    odd = (kind or static or (double and code not in _TABLES)
+           or (tensor and code in (*_TABLES, *_MX)) or (code in _MX and group))
     if odd:
       raise _unknown(text)
     group = 64 if code in _TABLES and not group else 32 if code in _MX else group
@@ -102,7 +104,7 @@ def parse_spec(text):
                      'weights; use w8a8-static')
   bits = BITS[code] or int(bits)
   return QuantSpec(bits, group, activation_bits, symmetric, code,
-                   bool(tensor) or code != 'int' and not group, static=bool(static))
+                   bool(tensor) or (code != 'int' and not group), static=bool(static))
 
 
 def _unknown(text):

@@ -21,7 +21,7 @@ from lean_jax.quantization.lsq import lsq, lsq_plus
 from lean_jax.quantization.pact import pact
 from lean_jax.quantization.qat import fake_quantize
 from lean_jax.quantization.rtn import rtn
-from lean_jax.weights import Dense
+from lean_jax.weights import Dense, Rescaled
 from lean_jax.weights.description import abstract, describe, difference
 
 part = functools.partial
@@ -52,6 +52,12 @@ def clipping(w):
   return pact(fake_quantize(w, 'w8a8'), 1.5)
 
 
+def rescaled(w):
+  """The weight with each input times a number of its own."""
+  shape = w.matrix(jnp.float32).shape[:-1]
+  return Rescaled(w, jax.random.uniform(jax.random.key(3), shape, minval=.5, maxval=2.))
+
+
 KINDS = {
     'dense': lambda w: w,
     'w8a16': part(rtn, spec='w8a16'),
@@ -68,6 +74,7 @@ KINDS = {
     'qat': part(fake_quantize, spec='w4a16-g4'),
     'lsq': part(lsq, spec='w4a16-g4'),
     'lsq_plus': part(lsq_plus, spec='w2a16-g3'),
+    'rescaled': lambda w: rescaled(rtn(w, 'w4a16-g4')),
     'lora': adapted,
     'qlora': lambda w: adapted(rtn(w, 'w4a16-g4')),
     'lora_over_qat': lambda w: adapted(fake_quantize(w, 'w2a16-g4')),

@@ -1,0 +1,23 @@
+"""SmoothQuant: activations with large channels made smooth, their size moved into the weights.
+
+Xiao et al. 2022 (arXiv:2211.10438), equation 4: s = max|x| ** alpha / max|w| ** (1 - alpha) of each
+channel; x / s and the rows of w times s are then rounded to eight bits, both.
+"""
+import jax.numpy as jnp
+
+from lean_jax.quantization.equalization import LEAST
+
+
+def smooth_scales(matrices, stats, alpha):
+  """The scale of each input, [I].
+
+  Args:
+    matrices: the weights that see the input, [*e I O] each, float32.
+    stats: the Statistics of each one's input.
+    alpha: how much of the difficulty moves into the weights, 0 to 1.
+  """
+  outer = lambda x: jnp.max(x, axis=tuple(range(x.ndim - 1)))
+  top = jnp.max(jnp.stack([outer(s.top) for s in stats]), axis=0)
+  most = jnp.max(jnp.stack([outer(jnp.max(jnp.abs(w), axis=-1)) for w in matrices]), axis=0)
+  s = jnp.maximum(top, LEAST) ** alpha / jnp.maximum(most, LEAST) ** (1 - alpha)
+  return jnp.maximum(s, LEAST)
