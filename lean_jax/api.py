@@ -1,8 +1,6 @@
 """Models as people use them: thin calls of the pure functions below."""
-import contextlib
 import dataclasses
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import methods
-from lean_jax.data import sources
+from lean_jax.calibration.quantize import MATRICES, quantize  # noqa: F401, of this interface
 from lean_jax.data.batches import Batches
+from lean_jax.data.packed import check_reads_text, packed_windows
 from lean_jax.data.tokenizer import Tokenizer, load_tokenizer
-from lean_jax.data.windows import Windows, pack
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
 from lean_jax.evaluation import texts as texts_in
@@ -32,7 +30,6 @@ from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
 
-MATRICES = '(.*/)?layers/.*'      # the weights that the methods below take by default
 FORMATS = ('lean', 'hf', 'gguf')
 
 
@@ -226,16 +223,6 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   save_model(folder, model.params, dict(local=local), overwrite=overwrite, beside=beside)
 
 
-def quantize(model: Model, scheme: str, *, where: str = MATRICES) -> Model:
-  """The model with its matrices rounded to nearest in an integer format.
-
-  Args:
-    scheme: 'w8a8', 'w4a16-g64', 'w2a16-g64', ...: see quantization/spec.py.
-    where: a regular expression on the weights' whole names.
-  """
-  return _apply(model, dict(where=where, method='rtn', spec=scheme))
-
-
 def attach_lora(model: Model, *, rank: int = 8, alpha: float = 16., where: str = MATRICES,
                 seed: int = 0) -> Model:
   """The model with trainable low-rank adapters on its matrices; over a quantized model, QLoRA."""
@@ -259,7 +246,7 @@ def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3
     settings: of `training.recipe.train`: warmup, weight_decay, trainable, hooks, mesh, ...
   """
   window = window or min(model.config.context, 512)
-  with _windows(data, 'train', model, window, field) as windows:
+  with packed_windows(data, 'train', model, window, field) as windows:
     params, _ = recipe.train(model.module, model.params, Batches(windows, batch, seed), steps=steps,
                              peak=peak, seed=seed, folder=workdir, **settings)
   return dataclasses.replace(model, params=params)
@@ -275,7 +262,7 @@ def distill(teacher: Model, data, *, student: Model | None = None, keep: int | N
     temperature, soft_weight: of `soft_labels.distillation`.
     settings: of `train`.
   """
-  _check_reads_text(teacher)
+  check_reads_text(teacher)
   if student is None:
     indices = alternating(teacher.config.layers, keep or teacher.config.layers // 2)
     config, params = take_layers(teacher.config, teacher.params, indices)
@@ -300,7 +287,7 @@ def evaluate(model: Model, data, *, window: int | None = None, field: str = 'tex
   Returns:
     perplexity, nll, bits_per_byte, tokens, seconds.
   """
-  with _windows(data, split, model, window or model.config.context, field) as windows:
+  with packed_windows(data, split, model, window or model.config.context, field) as windows:
     return perplexity(with_cache(model.module, cache), model.params, windows, progress=progress)
 
 
@@ -314,29 +301,6 @@ def _check_described(folder, config, params):
 def _apply(model, step, seed=0):
   params = methods.apply(model.params, (step,), jax.random.key(seed))
   return dataclasses.replace(model, params=params)
-
-
-def _check_reads_text(model):
-  if not model.config.decoding.causal:
-    raise InputError(f'a {model.family.model_type} sees all tokens at once and predicts no next '
-                     'one; give training.recipe.train batches of tokens and labels')
-  if 'decoder_tokens' in model.module.inputs:
-    raise InputError(f'a {model.family.model_type} writes a target of a source, and text has no '
-                     'targets; give training.recipe.train batches of tokens and decoder_tokens')
-
-
-@contextlib.contextmanager
-def _windows(data, split, model, window, field):
-  _check_reads_text(model)
-  if isinstance(data, Windows):
-    yield data
-    return
-  if window > model.config.context:
-    raise InputError(f'windows of {window} tokens are longer than the context of '
-                     f'{model.config.context}; give at most that')
-  source = data if hasattr(data, 'documents') else sources.open_source(data, field=field)
-  with tempfile.TemporaryDirectory() as folder:
-    yield pack(source, split, model.tokenizer, window, folder)
 
 
 _logits = jax.jit(lambda module, params, batch: forward(module, params, batch)[0], static_argnums=0)

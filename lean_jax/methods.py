@@ -1,23 +1,55 @@
 """Every method by its name, for rules written in a config. A new method is one line here.
 
-A method takes a weight, its own settings by name, and `key=` if it draws random numbers.
+A method takes a weight, its own settings by name, `key=` if it draws random numbers, and `stats=`,
+calibration.Statistics of the weight's inputs, if it looks at them.
 """
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
 from lean_jax.adapters.lora import lora, merge_lora
 from lean_jax.errors import InputError
+from lean_jax.quantization.awq import awq, awq_scales
 from lean_jax.quantization.ema import ema
+from lean_jax.quantization.gptq import gptq
+from lean_jax.quantization.hqq import hqq
 from lean_jax.quantization.lsq import lsq, lsq_plus
 from lean_jax.quantization.pact import pact
 from lean_jax.quantization.qat import fake_quantize
 from lean_jax.quantization.rtn import rtn
+from lean_jax.quantization.smoothquant import smooth_scales
+from lean_jax.quantization.spec import parse_spec
 from lean_jax.tree import transform
 
-METHODS = dict(rtn=rtn, fake_quantize=fake_quantize, lsq=lsq, lsq_plus=lsq_plus, pact=pact, ema=ema,
-               lora=lora, merge_lora=merge_lora)
+METHODS = dict(rtn=rtn, gptq=gptq, awq=awq, smoothquant=rtn, hqq=hqq, fake_quantize=fake_quantize,
+               lsq=lsq, lsq_plus=lsq_plus, pact=pact, ema=ema, lora=lora, merge_lora=merge_lora)
+# Of the methods that first scale the inputs that weights share: the scales, see `equalization`.
+SCALES = dict(awq=awq_scales, smoothquant=smooth_scales)
+
+
+class Bound(NamedTuple):
+  """A method with its settings.
+
+  Attributes:
+    name: of the method.
+    apply: (w, stats=, key= as it takes them) -> weight.
+    scales: None, or (matrices, stats) -> what their inputs are divided by.
+    spec: the QuantSpec that it brings a weight to; None for a method that does not quantize.
+    looks: whether it needs the weight's inputs.
+    takes: the names of what it takes besides the weight and its settings.
+  """
+  name: str
+  apply: Callable
+  scales: Callable | None
+  spec: Any
+  looks: bool
+  takes: frozenset
+
+  def __call__(self, w, **given):
+    return self.apply(w, **{k: v for k, v in given.items() if k in self.takes})
 
 
 def apply(params, steps, key=None):
@@ -31,27 +63,54 @@ def apply(params, steps, key=None):
     key: a jax PRNG key, for methods that need one.
 
   Raises:
-    InputError: no such method or setting, or a pattern that matches nothing.
+    InputError: no such method or setting, one that looks at inputs, or a pattern that matches
+      nothing.
   """
   groups = []
   for step in map(dict, steps):
     where, method = step.pop('where'), step.pop('method')
+    rule = bound(method, step)
+    if rule.looks:
+      raise InputError(f'method {method!r} looks at the inputs of weights; use lean.quantize('
+                       f'model, scheme, {method!r}, calibration=TEXT)')
     if not groups or groups[-1][0] != method:
       groups.append((method, []))
-    groups[-1][1].append((where, bound(method, step)))
-  for method, rules in groups:
-    random = 'key' in inspect.signature(METHODS[method]).parameters
+    groups[-1][1].append((where, rule))
+  for _, rules in groups:
+    random = any('key' in rule.takes for _, rule in rules)
     # One compiled program, not one for each operation on each shape.
     params = jax.jit(functools.partial(transform, rules=rules))(params, key=key if random else None)
   return params
 
 
 def bound(name, settings):
-  """The method with its settings, Weight -> Weight."""
+  """The method with its settings, a `Bound`.
+
+  Raises:
+    InputError: no such method, a setting that it does not have, or one that is missing.
+  """
   if name not in METHODS:
     raise InputError(f'no method {name!r}; there are: {", ".join(METHODS)}')
-  wanted = [p for p in inspect.signature(METHODS[name]).parameters if p not in ('w', 'key')]
-  unknown, missing = set(settings) - set(wanted), set(wanted) - set(settings)
-  if unknown or missing:
-    raise InputError(f'method {name!r} takes {wanted}; given: {sorted(settings)}')
-  return functools.partial(METHODS[name], **settings)
+  scales, given = SCALES.get(name), dict(settings)
+  if 'spec' in given:
+    given['spec'] = parse_spec(given['spec'])
+  own, other = _parameters(METHODS[name], 'w'), _parameters(scales, 'matrices')
+  takes = {'stats', 'key'} & set(own)
+  wanted = {k: v for k, v in (other | own).items() if k not in ('stats', 'key')}
+  needed = [k for k, v in wanted.items() if v.default is inspect.Parameter.empty]
+  missing = [k for k in needed if k not in given]
+  if missing or set(given) - set(wanted):
+    raise InputError(f'method {name!r} takes {list(wanted)}; given: {sorted(settings)}')
+  pick = lambda parameters: {k: v for k, v in given.items() if k in parameters}
+  spec = given.get('spec')
+  looks = scales is not None or bool(getattr(spec, 'static', False) and 'stats' in takes) or (
+      'stats' in own and own['stats'].default is inspect.Parameter.empty)
+  return Bound(name, functools.partial(METHODS[name], **pick(own)),
+               scales and functools.partial(scales, **pick(other)), spec, looks, frozenset(takes))
+
+
+def _parameters(function, first):
+  """{name: inspect.Parameter} of a function, its first one left out; {} of None."""
+  if function is None:
+    return {}
+  return {k: p for k, p in inspect.signature(function).parameters.items() if k != first}

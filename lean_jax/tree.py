@@ -46,32 +46,40 @@ def transform(params, rules, *, stats=None, key=None):
   Raises:
     InputError: a pattern matches no weight that an earlier rule has left.
   """
-  weights = named_weights(params)
-  idle = [pattern for pattern, _ in rules]
-  order = {n: k for k, n in enumerate(weights)}
+  found = matched(params, rules)
+  order = {n: k for k, n in enumerate(named_weights(params))}
 
   def one(path, w):
-    if not is_weight(w):
-      return w
     here = name(path)
-    rule = next((r for r in rules if re.fullmatch(r[0], here)), None)
-    if rule is None:
-      return w
-    pattern, method = rule
-    if pattern in idle:
-      idle.remove(pattern)
-    if method is None:
+    if not is_weight(w) or here not in found:
       return w
     extra = {} if stats is None else dict(stats=stats[here])
     if key is not None:
       extra['key'] = jax.random.fold_in(key, order[here])
-    return method(w, **extra)
+    try:
+      return found[here](w, **extra)
+    except InputError as error:
+      raise InputError(f'{here}: {error}') from error
+  return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
 
-  out = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
+
+def matched(params, rules):
+  """{name: method} of each weight that the first rule for it gives one; raises as `transform`."""
+  weights = list(named_weights(params))
+  idle, found = [pattern for pattern, _ in rules], {}
+  for here in weights:
+    rule = next((r for r in rules if re.fullmatch(r[0], here)), None)
+    if rule is None:
+      continue
+    pattern, method = rule
+    if pattern in idle:
+      idle.remove(pattern)
+    if method is not None:
+      found[here] = method
   if idle:
     raise InputError(f'rule {idle[0]!r} matches no weight that an earlier rule has left; '
-                     f'{_nearest(idle[0], list(weights))}')
-  return out
+                     f'{_nearest(idle[0], weights)}')
+  return found
 
 
 def split(params, pattern):

@@ -17,14 +17,14 @@ class Statistics(struct.PyTreeNode):
     second: [*e I I], the sum of x x^T; None if it was not asked for.
     size: [*e I], the sum of |x|.
     top: [*e I], the largest |x|.
-    histogram: [*e BINS], how many |x| of each size there were, see `quantile`.
+    histogram: [*e BINS], how many |x| of each size there were, see `quantile`; None if unknown.
     finite: [*e], bool, whether there was no NaN and no infinity.
   """
   rows: jax.Array
   second: jax.Array | None
   size: jax.Array
   top: jax.Array
-  histogram: jax.Array
+  histogram: jax.Array | None
   finite: jax.Array
 
   def add(self, other):
@@ -32,6 +32,14 @@ class Statistics(struct.PyTreeNode):
     joined = jax.tree.map(jnp.add, self.replace(top=0, finite=0), other.replace(top=0, finite=0))
     return joined.replace(top=jnp.maximum(self.top, other.top),
                           finite=self.finite & other.finite)
+
+  def divided(self, s):
+    """Of the inputs divided by s [I]; their histogram is not known then."""
+    row = s.reshape((1,) * (self.top.ndim - 1) + s.shape)
+    second = self.second
+    if second is not None:
+      second = second / row[..., :, None] / row[..., None, :]
+    return self.replace(second=second, size=self.size / row, top=self.top / row, histogram=None)
 
 
 def of_matrix(x, weights=None, *, second=True):

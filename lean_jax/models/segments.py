@@ -137,15 +137,15 @@ def converted(config, params, scan_layers):
   for prefix, stack in config.stacks.items():
     change = lambda layers, old=stack, new=other.stacks[prefix]: restacked(
         new, unstacked(old, layers))
-    params = _replaced(params, f'{prefix}layers'.split('/'), change)
+    params = replaced(params, f'{prefix}layers'.split('/'), change)
   return other, params
 
 
-def _replaced(tree, path, change):
+def replaced(tree, path, change):
   """The nested dict with what is at a path changed."""
   if not path:
     return change(tree)
-  return {**tree, path[0]: _replaced(tree[path[0]], path[1:], change)}
+  return {**tree, path[0]: replaced(tree[path[0]], path[1:], change)}
 
 
 def taken(tree, k):

@@ -1,20 +1,72 @@
 """AWQ: a weight's rows scaled before rounding, the more the larger their inputs are.
 
 Lin et al. 2023 (arXiv:2306.00978), section 3.2: s = size ** alpha, size the mean |x| of an input,
-alpha the one of a grid that leaves the smallest error of the products.
+alpha the one of a grid that leaves the smallest error of the products. Section 4's search of ranges
+follows, with the error of the products too.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
+from lean_jax.errors import InputError
 from lean_jax.quantization import formats
+from lean_jax.quantization.clip import check_clip, least_error
 from lean_jax.quantization.equalization import broadcast, tidy
+from lean_jax.quantization.spec import parse_spec
+from lean_jax.weights import Dense, Quantized
+from lean_jax.weights.base import to_matrix
 
 ALPHAS = np.linspace(0., 1., 20, endpoint=False, dtype=np.float32)     # section 3.2: a grid of 20
 
 
+def awq(w, spec, stats, clip='mse'):
+  """The weight in the format `spec`, its rows having been scaled by `awq_scales`.
+
+  Args:
+    w: Dense, of one layer.
+    spec: a QuantSpec or its name.
+    stats: calibration.Statistics of its inputs, with `second`.
+    clip: 'mse' leaves out of a group's range what makes the error of its products smaller;
+      'absmax' nothing.
+
+  Raises:
+    InputError: the weight is no float one, or an unknown scheme or clip.
+  """
+  spec = parse_spec(spec)
+  check_clip(clip)
+  if not isinstance(w, Dense):
+    raise InputError(f'a {type(w).__name__} weight cannot be rounded to {spec} by awq; start from '
+                     'the float model')
+  value, shrink = meta.unbox(w), 1.
+  if clip == 'mse':
+    shrink = _shrink(to_matrix(value, w.dims).astype(jnp.float32), stats.second, spec)
+  return Quantized.of(value, spec, w.dims, w.axes, shrink)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _shrink(matrix, second, spec):
+  rows = matrix.shape[-2]
+  return least_error(formats.grouped(matrix, spec), spec, rows, _of_groups(second, spec))
+
+
+def _of_groups(second, spec):
+  """The blocks [*e G g g] on the diagonal of [*e I I], the last filled with zeros."""
+  I = second.shape[-1]
+  group = spec.group or I
+  more = -I % group
+  *batch, _, _ = second.shape
+  whole = jnp.pad(second, [(0, 0)] * len(batch) + [(0, more)] * 2)
+  G = (I + more) // group
+  whole = whole.reshape(*batch, G, group, G, group)
+  return jnp.moveaxis(jnp.diagonal(whole, axis1=-4, axis2=-2), -1, -3)
+
+
+@functools.partial(jax.jit, static_argnames='spec')
 def awq_scales(matrices, stats, spec):
-  """The scale of each input, [I]; or [E I], of experts.
+  """The scale of each input, [I]; the same for all experts.
 
   Args:
     matrices: the weights that see the input, [*e I O] each, float32.

@@ -1,4 +1,7 @@
 """Matrices into a format and out of it: [..., I, O], I the axis that a product sums over."""
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
@@ -7,6 +10,7 @@ from lean_jax.quantization.nested import nested
 from lean_jax.quantization.packing import padded
 
 
+@functools.partial(jax.jit, static_argnames='spec')
 def quantize(x, spec, shrink=1.):
   """Rounds to nearest.
 

@@ -50,13 +50,24 @@ def gptq(w, spec, stats, damping=.01, act_order=True, clip='absmax'):
                      'the float model')
   value = meta.unbox(w)
   matrix = to_matrix(value, w.dims).astype(jnp.float32)
-  one = functools.partial(_codes, spec=spec, damping=damping, act_order=act_order, clip=clip)
-  for _ in range(matrix.ndim - 2):
-    one = jax.vmap(one)
-  codes, scale, zero = one(matrix, stats.second, stats.rows)
+  codes, scale, zero = gptq_codes(matrix, stats.second, stats.rows, spec=spec,
+                                  damping=float(damping), act_order=bool(act_order), clip=clip)
   scale = nested(scale) if spec.double else scale
   return Quantized.from_codes(codes, scale, zero, spec, unstacked(value.shape, w.dims), value.dtype,
                               w.dims, w.axes)
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'damping', 'act_order', 'clip'))
+def gptq_codes(w, H, rows, *, spec, damping=.01, act_order=True, clip='absmax'):
+  """codes [*e I O], scale and zero [*e G O] of matrices [*e I O] whose inputs have H [*e I I].
+
+  Args:
+    rows: [*e], inputs that H is the sum of.
+  """
+  one = functools.partial(_codes, spec=spec, damping=damping, act_order=act_order, clip=clip)
+  for _ in range(w.ndim - 2):
+    one = jax.vmap(one)
+  return one(w, H, rows)
 
 
 def _codes(w, H, rows, *, spec, damping, act_order, clip):

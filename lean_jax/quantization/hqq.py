@@ -4,6 +4,8 @@ Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Mod
 the weights is measured by an l_p norm with p < 1, which a few outliers cannot rule. Alternately the
 error is shrunk, by the norm's proximal operator, and the zero point set to what is then best.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax.core import meta
@@ -32,7 +34,14 @@ def hqq(w, spec):
     raise InputError(f'hqq moves zero points, and {spec} has none of a group; give a scheme like '
                      'w4a16-g64-asym')
   value = meta.unbox(w)
-  matrix = to_matrix(value, w.dims).astype(jnp.float32)
+  codes, scale, zero = hqq_codes(to_matrix(value, w.dims).astype(jnp.float32), spec)
+  return Quantized.from_codes(codes, scale, zero, spec, unstacked(value.shape, w.dims), value.dtype,
+                              w.dims, w.axes)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def hqq_codes(matrix, spec):
+  """codes [..., I, O], scale and zero [..., G, O], both float32, of matrices [..., I, O]."""
   split = formats.grouped(matrix, spec)                                  # [..., G, g, O]
   scale, zero = grid.fit(split, spec, matrix.shape[-2])
   wide = scale.astype(jnp.float32)[..., None, :]
@@ -52,5 +61,4 @@ def hqq(w, spec):
   betas = BETA * GROWTH ** jnp.arange(STEPS, dtype=jnp.float32)
   (_, zero, _), _ = jax.lax.scan(step, (zero, zero, jnp.full_like(zero, jnp.inf)), betas)
   codes = grid.encode(split, scale[..., None, :], zero[..., None, :], spec)
-  return Quantized.from_codes(formats.ungrouped(codes, matrix.shape[-2]), scale, zero, spec,
-                              unstacked(value.shape, w.dims), value.dtype, w.dims, w.axes)
+  return formats.ungrouped(codes, matrix.shape[-2]), scale, zero

@@ -3,17 +3,22 @@
 Xiao et al. 2022 (arXiv:2211.10438), equation 4: s = max|x| ** alpha / max|w| ** (1 - alpha) of each
 channel; x / s and the rows of w times s are then rounded to eight bits, both.
 """
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from lean_jax.quantization.equalization import LEAST
 
 
-def smooth_scales(matrices, stats, alpha):
+@functools.partial(jax.jit, static_argnames='spec')
+def smooth_scales(matrices, stats, spec, alpha=.5):
   """The scale of each input, [I].
 
   Args:
     matrices: the weights that see the input, [*e I O] each, float32.
     stats: the Statistics of each one's input.
+    spec: the QuantSpec that they will be rounded to; the scales do not depend on it.
     alpha: how much of the difficulty moves into the weights, 0 to 1.
   """
   outer = lambda x: jnp.max(x, axis=tuple(range(x.ndim - 1)))
