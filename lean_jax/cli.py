@@ -6,10 +6,9 @@ that says what to do. Nothing heavy is imported before a verb runs.
 import argparse
 import importlib.util
 import json
-import pathlib
 import sys
 
-from lean_jax import console
+from lean_jax import console, shrink
 from lean_jax.errors import InputError, LeanError, Preempted
 from lean_jax.version import __version__
 
@@ -69,12 +68,8 @@ def _parser():
            'lean-jax generate DIR --prompt "Once upon a time" --tokens 100')
   console.add_arguments(p)
   p = verb('quantize', _quantize, 'round the matrices of a model to few bits',
-           'lean-jax quantize DIR OUT --scheme w4a16-g64')
-  p.add_argument('out', metavar='OUT', help='a new folder')
-  p.add_argument('--scheme', required=True, help='w8a8, w8a16, w4a16-g64, w2a16-g64, ...')
-  p.add_argument('--where', default='(.*/)?layers/.*',
-                 help='regular expression on names (%(default)s)')
-  p.add_argument('--json', action='store_true')
+           'lean-jax quantize DIR OUT --scheme w4a16-g64 --method gptq --calibration stories.jsonl')
+  shrink.add_arguments(p)
   return parser
 
 
@@ -165,17 +160,7 @@ def _generate(arguments, _):
 
 
 def _quantize(arguments, _):
-  from lean_jax import api, tree
-  from lean_jax.files import occupied
-  if occupied(pathlib.Path(arguments.out)):            # before the work
-    raise InputError(f'{arguments.out} is there already; name another folder')
-  model = api.load(arguments.folder)
-  lean = api.quantize(model, arguments.scheme, where=arguments.where)
-  api.save(lean, arguments.out)
-  found = dict(scheme=arguments.scheme, bytes_before=tree.nbytes(model.params),
-               bytes_after=tree.nbytes(lean.params))
-  print(json.dumps(found) if arguments.json else
-        f'{arguments.out}: {found["bytes_after"]:,} bytes, were {found["bytes_before"]:,}')
+  shrink.run(arguments, _console)
 
 
 def _console():

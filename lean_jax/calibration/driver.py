@@ -26,6 +26,8 @@ from lean_jax.training.digest import fingerprint
 from lean_jax.weights import Dense, Rescaled
 from lean_jax.weights.base import to_matrix
 
+UNSEEN = 'its inputs are not seen: rounded to nearest'
+
 
 def calibrated(config, params, rules, batches, *, folder=None, progress=None):
   """The tree with methods applied that look at the inputs of weights.
@@ -80,13 +82,13 @@ def _layer(stack, site, tree, plan, flow, prefix):
   rules = {n: plan[full + n] for n in trees.named_weights(tree) if full + n in plan}
   if not rules:
     return tree, []
-  stats = {}
+  stats, where = {}, f'{prefix}layer {site.number}'
+  _check_weights(where, tree, rules)
   if any(rule.looks for rule in rules.values()):
     for e in flow:
       new = blocks.noted(stack, site.kind, True, tree, e.x, blocks.place(stack, site), e.frame)
       stats = {n: stats[n].add(s) if n in stats else s for n, s in new.items()}
-  where = f'{prefix}layer {site.number}'
-  _check_finite(where, {n: stats[n] for n in stats if n in rules})
+  _check_inputs(where, {n: stats[n] for n in stats if n in rules})
   tree, stats = equalized(stack, site.kind, tree, rules, stats)
   return _rounded(tree, rules, stats, dict(stack=prefix.rstrip('/'), layer=site.number), where)
 
@@ -96,6 +98,7 @@ def _others(config, params, plan, batches):
   inside = tuple(f'{prefix}layers/' for prefix in config.stacks)
   rules = {n: rule for n, rule in plan.items() if not n.startswith(inside)}
   stats = {}
+  _check_weights('the model', params, rules)
   if any(rule.looks for rule in rules.values()):
     @jax.jit
     def noted(params, batch):
@@ -105,7 +108,7 @@ def _others(config, params, plan, batches):
       return {n: s for n, s in notes.found.items() if n in rules}
     for batch in batches:
       stats = {n: stats[n].add(s) if n in stats else s for n, s in noted(params, batch).items()}
-  _check_finite('the model', stats)
+  _check_inputs('the model', stats)
   return _rounded(params, rules, stats, dict(stack='', layer=None), 'the model')
 
 
@@ -118,12 +121,10 @@ def _rounded(tree, rules, stats, at, where):
       return w
     given, rule = stats.get(name), rules[name]
     base = w.base if isinstance(w, Rescaled) else w
-    if isinstance(base, Dense) and not bool(jnp.isfinite(meta.unbox(base)).all()):
-      raise InputError(f'{name} of {where} has a NaN or an infinity; mend the checkpoint')
     note = ''
     try:
       if rule.looks and given is None:
-        new, note = rtn(base, rule.spec), 'its inputs are not seen: rounded to nearest'
+        new, note = rtn(base, rule.spec), UNSEEN
       else:
         new = rule(base, stats=given)
     except InputError as error:
@@ -158,7 +159,13 @@ def relative_error(before, after, second=None):
   return jnp.sqrt(jnp.maximum(of(after - before), 0) / jnp.maximum(of(before), 1e-30))
 
 
-def _check_finite(where, stats):
+def _check_weights(where, tree, rules):
+  for name, w in trees.named_weights(tree).items():
+    if name in rules and isinstance(w, Dense) and not bool(jnp.isfinite(meta.unbox(w)).all()):
+      raise InputError(f'{name} of {where} has a NaN or an infinity; mend the checkpoint')
+
+
+def _check_inputs(where, stats):
   for name, s in stats.items():
     if not bool(jnp.all(s.finite)):
       raise InputError(f'the inputs of {name} of {where} have a NaN or an infinity; look for what '

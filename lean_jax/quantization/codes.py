@@ -92,7 +92,7 @@ def encode(x, scale, zero, spec):
   if spec.code == 'ternary':
     return (jnp.clip(jnp.round(unit), -1, 1) + 1).astype(jnp.uint8)
   shift = 0 if zero is None else zero.astype(jnp.float32)
-  codes = jnp.clip(jnp.round(unit) + shift, spec.low, spec.high)
+  codes = jnp.clip(jnp.round(unit + shift), spec.low, spec.high)
   return codes.astype(jnp.int8 if spec.symmetric else jnp.uint8)
 
 

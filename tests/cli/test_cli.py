@@ -65,6 +65,38 @@ def test_quantize_eval_and_generate_on_what_it_made(folder, text, tmp_path, caps
   assert capsys.readouterr().out.startswith('The')
 
 
+def test_quantize_calibrates_goes_on_after_a_kill_and_says_what_it_cost(
+    folder, text, tmp_path, capsys, monkeypatch):
+  out = tmp_path / 'small'
+  command = ['quantize', str(folder), str(out), '--scheme', 'w4a16-g8', '--method', 'awq',
+             '--set', 'clip=absmax', '--rule', '.*/down/.*=w8a16', '--calibration', str(text),
+             '--samples', '4', '--window', '16', '--data', str(text)]
+  saved = lean.save
+
+  def killed(*_, **__):
+    raise KeyboardInterrupt
+  monkeypatch.setattr(lean, 'save', killed, raising=False)
+  with pytest.raises(KeyboardInterrupt):
+    main(command)
+  assert [p.name for p in tmp_path.iterdir()] == ['.small.layers']
+  fails(capsys, *command, '--set', 'clip=mse', says=['another quantization', 'remove it'])
+  monkeypatch.setattr(lean, 'save', saved, raising=False)
+  monkeypatch.setattr('lean_jax.calibration.driver._layer', killed)      # all of them are there
+  assert main([*command, '--json']) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert [p.name for p in tmp_path.iterdir()] == ['small']
+  assert len(found['weights']) == 14 and {w['layer'] for w in found['weights']} == {0, 1}
+  schemes = {w['name']: w['scheme'] for w in found['weights']}
+  assert schemes.pop('mlp/down/kernel') == 'w8a16' and set(schemes.values()) == {'w4a16-g8'}
+  assert all(0 < w['error'] < .3 for w in found['weights'])
+  assert found['perplexity_after'] != found['perplexity_before'] > 1
+  monkeypatch.undo()
+  assert main([*command[:2], str(tmp_path / 'other'), '--scheme', 'w8a16']) == 0
+  assert 'mlp/gate/kernel' in capsys.readouterr().out
+  for wrong, says in [(['--set', 'clip'], 'NAME=VALUE'), (['--rule', 'x'], 'PATTERN=SCHEME')]:
+    fails(capsys, *command[:2], tmp_path / 'no', '--scheme', 'w8a16', *wrong, says=[says])
+
+
 def written(capsys, *arguments):
   assert main(['generate', *(str(a) for a in arguments)]) == 0
   return capsys.readouterr().out
