@@ -17,6 +17,7 @@ from lean_jax.quantization.ema import ema
 from lean_jax.quantization.gptq import gptq
 from lean_jax.quantization.hqq import hqq
 from lean_jax.quantization.lsq import lsq, lsq_plus
+from lean_jax.quantization.outliers import outlier_scales, outliers
 from lean_jax.quantization.pact import pact
 from lean_jax.quantization.qat import fake_quantize
 from lean_jax.quantization.rtn import rtn
@@ -25,9 +26,10 @@ from lean_jax.quantization.spec import parse_spec
 from lean_jax.tree import transform
 
 METHODS = dict(rtn=rtn, gptq=gptq, awq=awq, smoothquant=rtn, hqq=hqq, fake_quantize=fake_quantize,
-               lsq=lsq, lsq_plus=lsq_plus, pact=pact, ema=ema, lora=lora, merge_lora=merge_lora)
+               lsq=lsq, lsq_plus=lsq_plus, pact=pact, ema=ema, lora=lora, merge_lora=merge_lora,
+               outliers=outliers)
 # Of the methods that first scale the inputs that weights share: the scales, see `equalization`.
-SCALES = dict(awq=awq_scales, smoothquant=smooth_scales)
+SCALES = dict(awq=awq_scales, smoothquant=smooth_scales, outliers=outlier_scales)
 
 
 class Bound(NamedTuple):

@@ -4,8 +4,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lean_jax import methods
 from lean_jax.api import Model
+from lean_jax.calibration.steps import apply
+from lean_jax.calibration.text import of_windows
 from lean_jax.data.batches import Batches
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
@@ -13,6 +14,8 @@ from lean_jax.models.decoder import Decoder
 from lean_jax.models.families import FAMILIES
 from lean_jax.report import progress
 from lean_jax.training.recipe import train
+
+SAMPLES, BATCH = 64, 8         # training windows that methods are calibrated on
 
 
 def begin(variant, models, teacher, tokenizer, seed):
@@ -53,8 +56,10 @@ def make(variant, model, models, windows, c, mesh, folder, bars, stop):
     The Model, and the seconds of training.
   """
   key = jax.random.key(c.seed + 1)
-  model = dataclasses.replace(
-      model, params=methods.apply(model.params, variant.get('methods', ()), key))
+  batches = lambda: of_windows(windows['main'], SAMPLES, BATCH)
+  applied = lambda model, steps: dataclasses.replace(model, params=apply(
+      model.config, model.params, variant.get(steps, ()), batches, key))
+  model = applied(model, 'methods')
   seconds = 0.
   if variant.get('phase'):
     phase, settings = c.phases[variant['phase']], dict(c.training)
@@ -70,8 +75,7 @@ def make(variant, model, models, windows, c, mesh, folder, bars, stop):
           hooks=(progress.training(update, phase.steps, batch * windows['main'].length),),
           **settings)
     model = dataclasses.replace(model, params=params)
-  return dataclasses.replace(
-      model, params=methods.apply(model.params, variant.get('finish', ()), key)), seconds
+  return applied(model, 'finish'), seconds
 
 
 def _layers(config, keep):
