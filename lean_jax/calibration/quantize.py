@@ -10,6 +10,7 @@ from lean_jax.calibration.text import opened, text_batches
 from lean_jax.data.packed import packed_windows
 from lean_jax.errors import InputError
 from lean_jax.quantization.spec import parse_spec
+from lean_jax.training import mesh as meshes
 from lean_jax.tree import named_weights, transform
 
 MATRICES = '(.*/)?layers/.*'      # the weights that methods take by default
@@ -61,7 +62,7 @@ def quantize(model, scheme, method='rtn', *, where=MATRICES, rules=(), calibrati
     params, found = calibrated(model.config, model.params, rules, batches, folder=folder,
                                progress=progress)
     rows += found
-  return dataclasses.replace(model, params=params)
+  return dataclasses.replace(model, params=meshes.placed(params, model.params))
 
 
 def _at_once(params, rules, rows):

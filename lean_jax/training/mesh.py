@@ -52,6 +52,17 @@ def shardings(params, mesh):
   return jax.tree.map(one, params, is_leaf=is_weight)
 
 
+def placed(params, like):
+  """A tree of weights made of another, each array where its weight's names put it on the mesh of
+  that one's arrays; as it is where they are on no mesh.
+  """
+  mesh = next((x.sharding.mesh for x in jax.tree.leaves(like)
+               if isinstance(getattr(x, 'sharding', None), NamedSharding)), None)
+  if mesh is None or not set(AXES) <= set(mesh.axis_names):
+    return params
+  return jax.device_put(params, shardings(params, mesh))
+
+
 def of_optimizer(opt, params, where, mesh):
   """Shardings of an optimizer's state: a moment lives where its parameter does.
 

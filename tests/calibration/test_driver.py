@@ -12,10 +12,12 @@ from lean_jax import methods, tree
 from lean_jax.calibration import blocks, driver, statistics
 from lean_jax.calibration.driver import calibrated
 from lean_jax.calibration.shared import inputs
+from lean_jax.data.windows import Windows
 from lean_jax.errors import InputError
 from lean_jax.models.segments import converted, unstacked
 from lean_jax.quantization.gptq import gptq
 from lean_jax.quantization.spec import parse_spec
+from lean_jax.training.mesh import make_mesh, shardings
 from lean_jax.weights import Quantized
 from tests.models import methods_matrix as matrix
 
@@ -223,6 +225,23 @@ def test_lean_quantize_says_what_it_cannot_do(tiny_model, tmp_path):
   once = quantize('w4a16-g8')
   with pytest.raises(InputError, match='layers/attention/k/kernel: a Quantized weight cannot be'):
     lean.quantize(once, 'w4a16-g8')
+
+
+@pytest.mark.parametrize(('scheme', 'method'), [
+    ('w8a8', 'smoothquant'), pytest.param('w4a16-g8', 'gptq', marks=pytest.mark.slow)])
+def test_sharded_is_unsharded(tiny_model, scheme, method):
+  mesh = make_mesh(fsdp=2, tensor=2)
+  spread = dataclasses.replace(tiny_model, params=jax.device_put(
+      tiny_model.params, shardings(tiny_model.params, mesh)))
+  tokens = np.random.default_rng(0).integers(0, 200, (8, 16)).astype(np.uint16)
+  windows = Windows(tokens, tokens.size, tokens.size, 1, 'random')
+  one, many = (lean.quantize(m, scheme, method, calibration=windows).params['layers']
+               for m in (tiny_model, spread))
+  for name, w in tree.named_weights(one).items():
+    other = tree.named_weights(many)[name]
+    assert np.mean(np.asarray(w.codes()) == np.asarray(other.codes())) > .98, name
+    assert len(other.values.sharding.device_set) == 4
+  assert 'tensor' in str(many['mlp']['up']['kernel'].values.sharding.spec)
 
 
 def test_rules_give_some_weights_another_scheme(tiny_model):
