@@ -185,7 +185,8 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
     extra: {file name: text} to go with it.
     max_shard_size: of a file of format 'hf', in bytes or like '300MB'; a larger model is in several
       files, with an index.
-    encoding: of the matrices of format 'gguf': 'F16' (None), 'F32', 'Q8_0' or 'Q4_0'.
+    encoding: of the matrices of format 'gguf': 'F16' (None), 'F32', 'Q8_0', 'Q4_0', 'Q4_1',
+      'Q5_0', 'Q5_1', 'MXFP4', 'Q4_K' or 'Q6_K'.
 
   Raises:
     InputError: the folder exists, the disk is full, there is no such format, or it has no words for

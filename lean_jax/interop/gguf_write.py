@@ -8,14 +8,18 @@ from lean_jax.errors import InputError
 from lean_jax.files import replacing
 from lean_jax.interop import gguf_tokenizer
 from lean_jax.interop.gguf import ARCHITECTURES, FREQUENCIES, theirs
+from lean_jax.interop.gguf_encode import BLOCK, SIZES, encode
 from lean_jax.interop.hf import leaves, misfits
 from lean_jax.interop.names import written
 from lean_jax.interop.tensors import listed
 from lean_jax.models.families.layer_types import window
 from lean_jax.nn.rope_scaling import Linear, Llama3, LongRope, plain
 
-ENCODINGS = ('F32', 'F16', 'Q8_0', 'Q4_0')
-_BLOCK = 32                   # numbers; rows of other lengths are F16
+# How each is called as the type of a whole file.
+ENCODINGS = dict(F32='ALL_F32', F16='MOSTLY_F16', Q8_0='MOSTLY_Q8_0', Q4_0='MOSTLY_Q4_0',
+                 Q4_1='MOSTLY_Q4_1', Q5_0='MOSTLY_Q5_0', Q5_1='MOSTLY_Q5_1',
+                 MXFP4='MOSTLY_MXFP4_MOE', Q4_K='MOSTLY_Q4_K_S', Q6_K='MOSTLY_Q6_K')
+_BLOCK = 32                   # numbers, 256 of the K types; rows of other lengths are F16
 _TOP = 65504                  # the greatest float16
 
 
@@ -27,8 +31,7 @@ def save_gguf(path, family, config, params, tokenizer, *, encoding='F16',
     path: of the file.
     family, config, params: of a Llama, Mistral or Qwen2, of any kinds of weights.
     tokenizer: of `data.tokenizer`.
-    encoding: of matrices: 'F32', 'F16', 'Q8_0' or 'Q4_0'; F16 where rows are no whole blocks.
-      Vectors are F32.
+    encoding: of matrices, one of `ENCODINGS`; F16 where rows are no whole blocks. Vectors are F32.
     overwrite: whether the file may exist.
 
   Raises:
@@ -58,8 +61,7 @@ def save_gguf(path, family, config, params, tokenizer, *, encoding='F16',
     out = gguf.GGUFWriter(file.name, keys.pop('architecture'))
     out.add_name(path.stem)
     out.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    out.add_file_type(gguf.LlamaFileType[
-        {'F32': 'ALL_F32'}.get(encoding, f'MOSTLY_{encoding}')])
+    out.add_file_type(gguf.LlamaFileType[ENCODINGS[encoding]])
     _add_keys(out, f'{out.arch}.', keys)
     _add_keys(out, 'tokenizer.ggml.', words)
     if 'chat_template' in words:
@@ -79,14 +81,16 @@ def save_gguf(path, family, config, params, tokenizer, *, encoding='F16',
         x = in_pairs(np.asarray(value(n), np.float32), n, out.arch, config)
         if kinds[n] != 'F32' and not np.abs(x).max() <= _TOP:
           raise InputError(f'{n} has numbers that are no finite float16; save with encoding F32')
-        out.write_tensor_data(gguf.quants.quantize(x, of[kinds[n]]))
+        out.write_tensor_data(encode(x, kinds[n]) if kinds[n] in SIZES else
+                              gguf.quants.quantize(x, of[kinds[n]]))
 
 
 def kind_of(shape, encoding):
   """The type of a tensor."""
   if len(shape) == 1:
     return 'F32'
-  return encoding if encoding in ('F32', 'F16') or shape[-1] % _BLOCK == 0 else 'F16'
+  block = BLOCK if encoding in SIZES else _BLOCK
+  return encoding if encoding in ('F32', 'F16') or shape[-1] % block == 0 else 'F16'
 
 
 def in_pairs(x, name, architecture, config):

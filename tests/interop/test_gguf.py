@@ -1,6 +1,8 @@
 """GGUF files: what they round stays so, what lies is refused, and llama.cpp reads what we write."""
+import ctypes
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from lean_jax import tree
 from lean_jax.data.tokenizer import load_tokenizer, train_bpe
 from lean_jax.errors import InputError
 from lean_jax.interop import gguf as ours
-from lean_jax.interop import gguf_codes, gguf_file, gguf_tokenizer
+from lean_jax.interop import gguf_codes, gguf_encode, gguf_file, gguf_tokenizer
 from lean_jax.models.families import FAMILIES
 from lean_jax.weights import Quantized
 from tests.interop.gguf_bytes import (
@@ -84,7 +86,8 @@ def test_blocks_are_the_numbers_that_the_formats_package_reads(kind):
     np.testing.assert_allclose(found, want, atol=4 * 2. ** -24 * top, rtol=0)
 
 
-@pytest.mark.parametrize('encoding', ['F32', 'F16', 'Q8_0', 'Q4_0'])
+@pytest.mark.parametrize('encoding', [
+    'F32', 'F16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'MXFP4'])
 def test_what_is_written_is_what_the_formats_package_writes(tokenizer, tmp_path, encoding):
   gguf = pytest.importorskip('gguf')
   m = model('llama', tokenizer)
@@ -205,7 +208,7 @@ def test_a_byte_level_tokenizer_comes_back(tokenizer):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(format='gguf', encoding='Q5_K'), "no encoding 'Q5_K'; there are: F32, F16, Q8_0, Q4_0"),
+    (dict(format='gguf', encoding='Q5_K'), "no encoding 'Q5_K'; there are: F32, F16, Q8_0"),
     (dict(format='hf', encoding='F16'), "encoding 'F16' of format 'hf'"),
     (dict(format='gguf', extra=dict(a='b')), 'no other files'),
     (dict(format='ggml'), "no format 'ggml'; there are: lean, hf, gguf")])
@@ -235,13 +238,57 @@ def test_other_families_and_large_numbers_are_not_written(tokenizer, tmp_path):
   assert math.isfinite(float(jnp.sum(lean.load(tmp_path / 'a.gguf').logits([[1, 2]]))))
 
 
+@pytest.mark.parametrize('kind', ['Q4_K', 'Q6_K'])
+@pytest.mark.parametrize('draw', ['normal', 'standard_t', 'exponential', 'zeros'])
+def test_k_types_are_nearer_than_llama_cpps_own(kind, draw):
+  gguf = pytest.importorskip('gguf')
+  pytest.importorskip('xllamacpp')
+  rng = np.random.default_rng(0)
+  x = dict(normal=rng.normal, standard_t=lambda size: rng.standard_t(3, size=size),
+           exponential=lambda size: 1 + rng.exponential(size=size),
+           zeros=lambda size: np.zeros(size))[draw](size=(16, 512)).astype(np.float32)
+  of = gguf.GGMLQuantizationType[kind]
+  error = lambda b: np.sqrt(np.mean((gguf.quants.dequantize(b, of) - x) ** 2))
+  mine = gguf_encode.encode(x, kind)
+  theirs = llama_cpp_bytes(x, of.value, mine.shape)
+  assert mine.dtype == np.uint8 and error(mine) <= error(theirs)
+
+
+def llama_cpp_bytes(x, kind, shape):
+  """What llama.cpp's own encoder makes of rows."""
+  import xllamacpp
+  library = ctypes.CDLL(next(str(p) for p in pathlib.Path(xllamacpp.__file__).parent.glob('*.so')))
+  encode = library.ggml_quantize_chunk
+  encode.restype, encode.argtypes = ctypes.c_size_t, [
+      ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+  out = np.zeros(shape, np.uint8)
+  assert encode(kind, x.ctypes.data, out.ctypes.data, 0, *x.shape, None) == out.nbytes
+  return out
+
+
+@pytest.mark.parametrize('kind', ['Q4_K', 'Q6_K'])
+def test_a_model_in_a_k_type_is_read_back_in_its_codes(tokenizer, tmp_path, kind):
+  pytest.importorskip('gguf')
+  m = model('llama', tokenizer, hidden_size=256, head_dim=8, num_hidden_layers=1)
+  lean.save(m, tmp_path / 'a.gguf', format='gguf', encoding=kind)
+  back = lean.load(tmp_path / 'a.gguf')
+  w = back.params['layers']['attention']['q']['kernel']
+  assert isinstance(w, Quantized) and w.spec.bits == (4 if kind == 'Q4_K' else 6)
+  dense = np.asarray(m.params['layers']['attention']['q']['kernel'].value)
+  off = np.asarray(w.unbox()) - dense
+  assert np.std(off) < (.09 if kind == 'Q4_K' else .025) * np.std(dense)
+  down = back.params['layers']['mlp']['down']['kernel']       # 96 wide, no whole block: F16
+  assert not isinstance(down, Quantized)
+
+
 def test_llama_cpp_writes_the_same_text(real_data, tmp_path):
   pytest.importorskip('gguf')
   llama = pytest.importorskip('xllamacpp')
   folder = real_data / 'models' / 'stories260K'
   m = lean.load(folder)
   assert m.tokenizer.fingerprint == load_tokenizer(folder).fingerprint
-  for encoding in ('F16', 'Q8_0', 'Q4_0'):
+  # It rounds activations to eight bits, so that one of the others may part at two near logits.
+  for encoding in ('F16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0'):
     path = tmp_path / f'{encoding}.gguf'
     lean.save(m, path, format='gguf', encoding=encoding)
     how = llama.CommonParams()
