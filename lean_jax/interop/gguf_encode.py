@@ -61,7 +61,7 @@ def _affine(x, high):
   bottom, top = np.minimum(x.min(-1, keepdims=True), 0), x.max(-1, keepdims=True)
   reach = np.maximum(top - bottom, 1e-20)
   best = [np.full(x.shape[:-1], np.inf), np.zeros(x.shape[:-1]), np.zeros(x.shape[:-1])]
-  for more in np.linspace(-.9, 1.2, 22):
+  for more in np.linspace(-2.5, 3., 56):
     q = np.clip(np.round((x - bottom) * ((high + more) / reach)), 0, high)
     count, sq, sqq = x.shape[-1], q.sum(-1), (q * q).sum(-1)
     sx, sxq = x.sum(-1), (x * q).sum(-1)
