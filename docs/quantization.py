@@ -50,10 +50,10 @@ square.
 REAL = '''
 ## Methods and formats
 
-Perplexity of stories260K (260,032 parameters, {perplexity:.3f} in float32), its matrices rounded, on
-{texts} of TinyStories that were not seen, calibrated on {samples} windows of {window} tokens of
-others. Its widths are 64 and 172, which groups of 32 do not divide. `mse` is `rtn` with clip='mse'; `gptq` has
-clip='mse' too. A method that a scheme does not go with has no figure: the error says why.
+Perplexity of stories260K (260,032 parameters, {perplexity:.3f} in float32), its matrices rounded,
+on {texts} of TinyStories that were not seen, calibrated on {samples} windows of {window} tokens of
+others. Its widths are 64 and 172, and groups of 32 leave a shorter one. `mse` is `rtn` with
+clip='mse'; `gptq` has clip='mse' too. A method that a scheme does not go with has no figure.
 
 | scheme | bits | {names} |
 | --- | ---: |{rule}

@@ -7,12 +7,12 @@ import pytest
 from lean_jax.interop import hf
 from lean_jax.models.decoder import DecoderConfig
 
-pipeline, qat = (importlib.import_module(f'lean_jax.experiments.{name}')
-                 for name in ('lean_pipeline', 'qat'))
+pipeline, qat, ptq = (importlib.import_module(f'lean_jax.experiments.{name}')
+                      for name in ('lean_pipeline', 'qat', 'quantization'))
 
 
 @pytest.mark.parametrize(('experiment', 'size'), [
-    (e, size) for e in (pipeline, qat) for size in e.SIZES])
+    (e, size) for e in (pipeline, qat, ptq) for size in e.SIZES])
 def test_every_variant_starts_from_one_before_it_and_every_claim_is_on_a_variant(experiment, size):
   c = experiment.get_config(size)
   names = [v['name'] for v in c.variants]
@@ -35,7 +35,7 @@ def test_the_full_size_has_several_hundred_million_parameters():
   assert 2.5e8 < count < 6e8
 
 
-@pytest.mark.parametrize('experiment', [pipeline, qat])
+@pytest.mark.parametrize('experiment', [pipeline, qat, ptq])
 def test_an_unknown_size_is_refused(experiment):
   with pytest.raises(ValueError, match='tiny'):
     experiment.get_config('huge')
