@@ -40,7 +40,7 @@ class Bound(NamedTuple):
     apply: (w, stats=, key= as it takes them) -> weight.
     scales: None, or (matrices, stats) -> what their inputs are divided by.
     spec: the QuantSpec that it brings a weight to; None for a method that does not quantize.
-    looks: whether it needs the weight's inputs.
+    looks: whether it cannot do without the weight's inputs.
     takes: the names of what it takes besides the weight and its settings.
   """
   name: str
@@ -104,11 +104,11 @@ def bound(name, settings):
   if missing or set(given) - set(wanted):
     raise InputError(f'method {name!r} takes {list(wanted)}; given: {sorted(settings)}')
   pick = lambda parameters: {k: v for k, v in given.items() if k in parameters}
-  spec = given.get('spec')
-  looks = scales is not None or bool(getattr(spec, 'static', False) and 'stats' in takes) or (
+  looks = scales is not None or (
       'stats' in own and own['stats'].default is inspect.Parameter.empty)
   return Bound(name, functools.partial(METHODS[name], **pick(own)),
-               scales and functools.partial(scales, **pick(other)), spec, looks, frozenset(takes))
+               scales and functools.partial(scales, **pick(other)), given.get('spec'), looks,
+               frozenset(takes))
 
 
 def _parameters(function, first):

@@ -84,10 +84,9 @@ def _layer(stack, site, tree, plan, flow, prefix):
     return tree, []
   stats, where = {}, f'{prefix}layer {site.number}'
   _check_weights(where, tree, rules)
-  if any(rule.looks for rule in rules.values()):
-    for e in flow:
-      new = blocks.noted(stack, site.kind, True, tree, e.x, blocks.place(stack, site), e.frame)
-      stats = {n: stats[n].add(s) if n in stats else s for n, s in new.items()}
+  for e in flow:
+    new = blocks.noted(stack, site.kind, True, tree, e.x, blocks.place(stack, site), e.frame)
+    stats = {n: stats[n].add(s) if n in stats else s for n, s in new.items()}
   _check_inputs(where, {n: stats[n] for n in stats if n in rules})
   tree, stats = equalized(stack, site.kind, tree, rules, stats)
   return _rounded(tree, rules, stats, dict(stack=prefix.rstrip('/'), layer=site.number), where)
@@ -99,7 +98,7 @@ def _others(config, params, plan, batches):
   rules = {n: rule for n, rule in plan.items() if not n.startswith(inside)}
   stats = {}
   _check_weights('the model', params, rules)
-  if any(rule.looks for rule in rules.values()):
+  if rules:
     @jax.jit
     def noted(params, batch):
       notes = Notes(batch.get('mask'))
