@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import methods
+from lean_jax.adapters.requantize import requantize as merged_again
 from lean_jax.data import sources
 from lean_jax.data.batches import Batches
 from lean_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -245,6 +246,19 @@ def attach_lora(model: Model, *, rank: int = 8, alpha: float = 16., where: str =
 def merge_lora(model: Model) -> Model:
   """The model with its adapters added into dense weights."""
   return _apply(model, dict(where='.*', method='merge_lora'))
+
+
+def requantize(model: Model) -> tuple[Model, dict[str, float]]:
+  """The model with its adapters merged into its rounded weights, and what that lost.
+
+  Returns:
+    The model, and {name: |merged - rounded| / |merged|} of each weight that had an adapter.
+
+  Raises:
+    InputError: it has none, or one on a weight that is not rounded: see `merge_lora`.
+  """
+  params, errors = merged_again(model.params)
+  return dataclasses.replace(model, params=params), errors
 
 
 def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3,

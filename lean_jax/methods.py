@@ -8,8 +8,10 @@ import inspect
 import jax
 
 from lean_jax.adapters.lora import lora, merge_lora
+from lean_jax.adapters.requantize import requantize_lora
 from lean_jax.errors import InputError
 from lean_jax.quantization.ema import ema
+from lean_jax.quantization.loftq import loftq
 from lean_jax.quantization.lsq import lsq, lsq_plus
 from lean_jax.quantization.pact import pact
 from lean_jax.quantization.qat import fake_quantize
@@ -17,7 +19,7 @@ from lean_jax.quantization.rtn import rtn
 from lean_jax.tree import transform
 
 METHODS = dict(rtn=rtn, fake_quantize=fake_quantize, lsq=lsq, lsq_plus=lsq_plus, pact=pact, ema=ema,
-               lora=lora, merge_lora=merge_lora)
+               lora=lora, merge_lora=merge_lora, loftq=loftq, requantize_lora=requantize_lora)
 
 
 def apply(params, steps, key=None):
