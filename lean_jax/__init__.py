@@ -25,17 +25,18 @@ if TYPE_CHECKING:
     merge_lora,
     quantize,
     requantize,
+    rotate,
     save,
     scan_layers,
     train,
   )
 
 _API = ('Model', 'attach_lora', 'distill', 'evaluate', 'generate', 'load', 'merge_lora', 'quantize',
-        'requantize', 'save', 'scan_layers', 'train')
+        'requantize', 'rotate', 'save', 'scan_layers', 'train')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'attach_lora', 'distill', 'evaluate',
-           'generate', 'load', 'merge_lora', 'quantize', 'requantize', 'save', 'scan_layers',
-           'train']
+           'generate', 'load', 'merge_lora', 'quantize', 'requantize', 'rotate', 'save',
+           'scan_layers', 'train']
 
 
 def __getattr__(name):

@@ -29,6 +29,7 @@ from lean_jax.models.families import Family, family_of
 from lean_jax.models.segments import configured, converted
 from lean_jax.models.stack import StackConfig
 from lean_jax.objectives.forward import forward
+from lean_jax.quantization import rotation
 from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
@@ -259,6 +260,21 @@ def requantize(model: Model) -> tuple[Model, dict[str, float]]:
   """
   params, errors = merged_again(model.params)
   return dataclasses.replace(model, params=params), errors
+
+
+def rotate(model: Model, key) -> Model:
+  """The model in a randomly rotated basis: every logit as it was, and no channel that stands out.
+
+  Rounding it to few bits then costs less: see `quantization.rotation` (QuaRot).
+
+  Args:
+    key: a jax PRNG key.
+
+  Raises:
+    InputError: norms or branches that no rotation passes through, or weights that are not floats.
+  """
+  config, params = rotation.rotate(model.config, model.params, key)
+  return dataclasses.replace(model, config=config, params=params)
 
 
 def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3,
