@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from lean_jax.models.families import Family, family_of
 from lean_jax.models.segments import configured, converted
 from lean_jax.models.stack import StackConfig
 from lean_jax.objectives.forward import forward
-from lean_jax.quantization import rotation
+from lean_jax.quantization import mixed, rotation
 from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
@@ -228,20 +229,58 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   save_model(folder, model.params, dict(local=local), overwrite=overwrite, beside=beside)
 
 
-def quantize(model: Model, scheme: str, *, where: str = MATRICES) -> Model:
+def quantize(model: Model, scheme: str | Sequence[tuple[str, str]], *,
+             where: str = MATRICES) -> Model:
   """The model with its matrices rounded to nearest in an integer format.
 
   Args:
-    scheme: 'w8a8', 'w4a16-g64', 'w2a16-g64', ...: see quantization/spec.py.
-    where: a regular expression on the weights' whole names.
+    scheme: 'w8a8', 'w4a16-g64', 'w2a16-g64', ...: see quantization/spec.py; or rules, pairs of a
+      regular expression and a scheme, the first that matches a weight is its own.
+    where: a regular expression on the weights' whole names; of a single scheme.
+
+  Raises:
+    InputError: no such scheme, nothing matches, or `where` is given with rules.
   """
-  return _apply(model, dict(where=where, method='rtn', spec=scheme))
+  if not isinstance(scheme, str) and where != MATRICES:
+    raise InputError(f'where={where!r} beside rules, which say it themselves; leave it out')
+  rules = ((where, scheme),) if isinstance(scheme, str) else scheme
+  return _apply(model, *(dict(where=w, method='rtn', spec=s) for w, s in rules))
+
+
+def allocate_bits(model: Model, tokens, budget: float | str = '3.2 bits', *,
+                  schemes: Sequence[str] = mixed.SCHEMES,
+                  where: str = MATRICES) -> tuple[tuple[str, str], ...]:
+  """Rules for `quantize`: of each weight the scheme with which the loss is least in so many bytes.
+
+  Stacked layers are one weight, of one scheme. For bits that differ by layer, load the model with
+  scan_layers=False, or give `scan_layers(model, False)`; every layer is then compiled.
+
+  Args:
+    tokens: [B T], text on which the loss is measured: see `quantization.mixed`.
+    budget: '3.2 bits' a parameter, scales included, of the weights that match; or their bytes.
+    schemes: to choose from.
+    where: a regular expression on the weights' whole names.
+
+  Raises:
+    InputError: tokens of another shape, schemes that are none or too large for the budget, weights
+      that are rounded already.
+  """
+  _check_reads_text(model)
+  tokens = jnp.asarray(tokens, jnp.int32)
+  if tokens.ndim != 2 or tokens.shape[1] < 2:
+    raise InputError(f'tokens of shape {tokens.shape}; give [B T], texts of at least 2 tokens')
+  names = mixed.matched(model.params, where)
+  limit = mixed.budget_bytes(budget, model.params, names)
+  found = mixed.sensitivities(model.module, model.params, tokens, schemes, where)
+  chosen = mixed.allocate_bits(*found, limit)
+  return tuple((re.escape(name), scheme) for name, scheme in chosen.items())
 
 
 def attach_lora(model: Model, *, rank: int = 8, alpha: float = 16., where: str = MATRICES,
                 seed: int = 0) -> Model:
   """The model with trainable low-rank adapters on its matrices; over a quantized model, QLoRA."""
-  return _apply(model, dict(where=where, method='lora', rank=rank, alpha=alpha), seed)
+  return _apply(model, dict(where=where, method='lora', rank=rank, alpha=alpha),
+                seed=seed)
 
 
 def merge_lora(model: Model) -> Model:
@@ -341,8 +380,8 @@ def _check_described(folder, config, params):
                      f'{tensors.listed(odd)}; copy or make the folder again')
 
 
-def _apply(model, step, seed=0):
-  params = methods.apply(model.params, (step,), jax.random.key(seed))
+def _apply(model, *steps, seed=0):
+  params = methods.apply(model.params, steps, jax.random.key(seed))
   return dataclasses.replace(model, params=params)
 
 
