@@ -256,7 +256,7 @@ def allocate_bits(model: Model, tokens, budget: float | str = '3.2 bits', *,
   scan_layers=False, or give `scan_layers(model, False)`; every layer is then compiled.
 
   Args:
-    tokens: [B T], text on which the loss is measured: see `quantization.mixed`.
+    tokens: [B T], text on which losses are measured: see `quantization.mixed`.
     budget: '3.2 bits' a parameter, scales included, of the weights that match; or their bytes.
     schemes: to choose from.
     where: a regular expression on the weights' whole names.

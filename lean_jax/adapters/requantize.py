@@ -41,16 +41,18 @@ def requantize(params):
   Raises:
     InputError: there is no adapter, or one on a weight that is not rounded.
   """
-  names = [n for n, w in tree.named_weights(params).items() if isinstance(w, LowRank)]
-  if not names:
+  if not any(isinstance(w, LowRank) for w in tree.named_weights(params).values()):
     raise InputError('no weight has an adapter to merge; attach and train one first')
+  out = jax.jit(lambda params: tree.transform(params, [('.*', requantize_lora)]))(params)
+  return out, merging_errors(params, out)
 
-  def run(params):
-    out = tree.transform(params, [('.*', requantize_lora)])
-    before, after = tree.named_weights(params), tree.named_weights(out)
-    return out, {n: _error(before[n], after[n]) for n in names}
-  out, errors = jax.jit(run)(params)
-  return out, {n: float(e) for n, e in errors.items()}
+
+def merging_errors(before, after):
+  """{name: |merged - rounded| / |merged|} of the weights that had an adapter in the tree `before`.
+  """
+  had, have = tree.named_weights(before), tree.named_weights(after)
+  error = jax.jit(_error)
+  return {n: float(error(w, have[n])) for n, w in had.items() if isinstance(w, LowRank)}
 
 
 def _rounded(value, like):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax import methods
+from lean_jax.adapters import requantize
 from lean_jax.api import Model
 from lean_jax.data.batches import Batches
 from lean_jax.distillation.start import alternating, take_layers
@@ -70,8 +71,18 @@ def make(variant, model, models, windows, c, mesh, folder, bars, stop):
           hooks=(progress.training(update, phase.steps, batch * windows['main'].length),),
           **settings)
     model = dataclasses.replace(model, params=params)
-  return dataclasses.replace(
-      model, params=methods.apply(model.params, variant.get('finish', ()), key)), seconds
+  return dataclasses.replace(model, params=_finished(variant, model.params, key, bars)), seconds
+
+
+def _finished(variant, params, key, bars):
+  """The parameters after the last methods; what merging into integers lost is a line of its own."""
+  out = methods.apply(params, variant.get('finish', ()), key)
+  merges = any(step['method'] == 'requantize_lora' for step in variant.get('finish', ()))
+  if lost := merges and requantize.merging_errors(params, out):
+    most = max(lost, key=lost.get)
+    bars.line(f'{variant["name"]} merged', f'{lost[most]:.2%} of {most} lost, the most of '
+              f'{len(lost)} weights')
+  return out
 
 
 def _layers(config, keep):

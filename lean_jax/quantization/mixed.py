@@ -2,16 +2,20 @@
 
 The problem is that of HAWQ-V3 (Yao et al. 2020, arXiv:2011.10680): the sum of what each weight
 costs alone stands for what they cost together. There a Hessian estimates these costs; here one
-weight after the other is rounded, and the loss of some text is measured.
+weight after the other is rounded, and the loss of the float model's own predictions measured: the
+KL divergence from them. The loss of the text itself also falls where a rounding happens to go with
+its gradient, which a choice would take for a gain (`experiments/mixed_bits.py` has the figures).
 """
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import tree
+from lean_jax.distillation.soft_labels import soft_labels
 from lean_jax.errors import InputError
-from lean_jax.objectives.language_modeling import next_token
+from lean_jax.objectives.forward import forward
 from lean_jax.quantization.rtn import rtn
 from lean_jax.quantization.spec import parse_spec
 from lean_jax.weights import Dense
@@ -34,7 +38,7 @@ def sensitivities(module, params, tokens, schemes, where):
     where: a regular expression on the weights' whole names.
 
   Returns:
-    {name: {scheme: increase of the loss, nats a token}}, {name: {scheme: bytes}}.
+    {name: {scheme: nats a token}}, {name: {scheme: bytes}}.
 
   Raises:
     InputError: no weight matches or one is no float weight, an unknown scheme, or a group larger
@@ -42,10 +46,10 @@ def sensitivities(module, params, tokens, schemes, where):
   """
   names = matched(params, where)
   specs = {str(s): parse_spec(s) for s in schemes}
-  loss_fn, key = next_token(module), jax.random.key(0)
-  loss = jax.jit(lambda params: loss_fn(params, dict(tokens=tokens), key)[0])
+  outputs = lambda params: forward(module, params, dict(tokens=tokens))[0]
+  mask, target = jnp.ones(tokens.shape), jax.jit(outputs)(params)
+  cost = jax.jit(lambda params, target: soft_labels(outputs(params), target, mask, temperature=1.))
   stored, value = jax.jit(rtn, static_argnums=1), jax.jit(lambda w: w.unbox())
-  start = float(loss(params))
   costs, sizes, weights = {}, {}, tree.named_weights(params)
   for name in names:
     costs[name], sizes[name], w = {}, {}, weights[name]
@@ -55,7 +59,7 @@ def sensitivities(module, params, tokens, schemes, where):
       if spec.activation_bits is None:                 # of the same kind, so of the same program
         one = Dense(value(one), w.dims, w.axes)
       changed = tree.transform(params, [(re.escape(name), lambda _, one=one: one)])
-      costs[name][scheme] = float(loss(changed)) - start
+      costs[name][scheme] = float(cost(changed, target))
   return costs, sizes
 
 
