@@ -1,10 +1,10 @@
 """QuaRot: the residual stream turned by a random rotation, so that no channel of it stands out.
 
-Ashkboos et al. 2024 (arXiv:2404.00456), section 4, stage 1: each norm's scale is folded into the
+Ashkboos et al. 2024 (arXiv:2404.00456), section 4, stage 1a: each norm's scale is folded into the
 weights that read it, and RMS(x R) = RMS(x) for a rotation R. What writes the stream is multiplied
 by R from the right, what reads it by R^T from the left: every logit stays, and nothing is computed
 that was not before. Values are turned too, each head within itself, and back in the product after
-it (stage 1d of the paper without the Hadamard product across heads).
+it (stage 1c, without its Hadamard product across heads).
 
 What the paper adds while the model runs is left out: the inputs of `down`, and heads among each
 other, are as they were.
