@@ -271,8 +271,8 @@ def allocate_bits(model: Model, tokens, budget: float | str = '3.2 bits', *,
     raise InputError(f'tokens of shape {tokens.shape}; give [B T], texts of at least 2 tokens')
   names = mixed.matched(model.params, where)
   limit = mixed.budget_bytes(budget, model.params, names)
-  found = mixed.sensitivities(model.module, model.params, tokens, schemes, where)
-  chosen = mixed.allocate_bits(*found, limit)
+  costs, sizes = mixed.sensitivities(model.module, model.params, tokens, schemes, where)
+  chosen = mixed.allocate_bits(costs, sizes, limit)
   return tuple((re.escape(name), scheme) for name, scheme in chosen.items())
 
 
