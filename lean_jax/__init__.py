@@ -17,6 +17,7 @@ from lean_jax.version import __version__
 if TYPE_CHECKING:
   from lean_jax.api import (
     Model,
+    allocate_bits,
     attach_lora,
     distill,
     evaluate,
@@ -24,16 +25,19 @@ if TYPE_CHECKING:
     load,
     merge_lora,
     quantize,
+    requantize,
+    rotate,
     save,
     scan_layers,
     train,
   )
 
-_API = ('Model', 'attach_lora', 'distill', 'evaluate', 'generate', 'load', 'merge_lora', 'quantize',
-        'save', 'scan_layers', 'train')
+_API = ('Model', 'allocate_bits', 'attach_lora', 'distill', 'evaluate', 'generate', 'load',
+        'merge_lora', 'quantize', 'requantize', 'rotate', 'save', 'scan_layers', 'train')
 
-__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'attach_lora', 'distill', 'evaluate',
-           'generate', 'load', 'merge_lora', 'quantize', 'save', 'scan_layers', 'train']
+__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach_lora',
+           'distill', 'evaluate', 'generate', 'load', 'merge_lora', 'quantize', 'requantize',
+           'rotate', 'save', 'scan_layers', 'train']
 
 
 def __getattr__(name):

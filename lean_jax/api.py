@@ -1,6 +1,7 @@
 """Models as people use them: thin calls of the pure functions below."""
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import methods
+from lean_jax.adapters.requantize import requantize as merged_again
 from lean_jax.calibration.quantize import MATRICES, quantize  # noqa: F401, of this interface
 from lean_jax.data.batches import Batches
 from lean_jax.data.packed import check_reads_text, packed_windows
@@ -26,6 +28,7 @@ from lean_jax.models.families import Family, family_of
 from lean_jax.models.segments import configured, converted
 from lean_jax.models.stack import StackConfig
 from lean_jax.objectives.forward import forward
+from lean_jax.quantization import mixed, rotation
 from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
@@ -224,15 +227,73 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   save_model(folder, model.params, dict(local=local), overwrite=overwrite, beside=beside)
 
 
+def allocate_bits(model: Model, tokens, budget: float | str = '3.2 bits', *,
+                  schemes: Sequence[str] = mixed.SCHEMES,
+                  where: str = MATRICES) -> tuple[tuple[str, str], ...]:
+  """Rules for `quantize`: of each weight the scheme with which the loss is least in so many bytes.
+
+  Stacked layers are one weight, of one scheme. For bits that differ by layer, load the model with
+  scan_layers=False, or give `scan_layers(model, False)`; every layer is then compiled.
+
+  Args:
+    tokens: [B T], text on which losses are measured: see `quantization.mixed`.
+    budget: '3.2 bits' a parameter, scales included, of the weights that match; or their bytes.
+    schemes: to choose from.
+    where: a regular expression on the weights' whole names.
+
+  Raises:
+    InputError: tokens of another shape, schemes that are none or too large for the budget, weights
+      that are rounded already.
+  """
+  check_reads_text(model)
+  tokens = jnp.asarray(tokens, jnp.int32)
+  if tokens.ndim != 2 or tokens.shape[1] < 2:
+    raise InputError(f'tokens of shape {tokens.shape}; give [B T], texts of at least 2 tokens')
+  names = mixed.matched(model.params, where)
+  limit = mixed.budget_bytes(budget, model.params, names)
+  costs, sizes = mixed.sensitivities(model.module, model.params, tokens, schemes, where)
+  chosen = mixed.allocate_bits(costs, sizes, limit)
+  return tuple((re.escape(name), scheme) for name, scheme in chosen.items())
+
+
 def attach_lora(model: Model, *, rank: int = 8, alpha: float = 16., where: str = MATRICES,
                 seed: int = 0) -> Model:
   """The model with trainable low-rank adapters on its matrices; over a quantized model, QLoRA."""
-  return _apply(model, dict(where=where, method='lora', rank=rank, alpha=alpha), seed)
+  return _apply(model, dict(where=where, method='lora', rank=rank, alpha=alpha),
+                seed=seed)
 
 
 def merge_lora(model: Model) -> Model:
   """The model with its adapters added into dense weights."""
   return _apply(model, dict(where='.*', method='merge_lora'))
+
+
+def requantize(model: Model) -> tuple[Model, dict[str, float]]:
+  """The model with its adapters merged into its rounded weights, and what that lost.
+
+  Returns:
+    The model, and {name: |merged - rounded| / |merged|} of each weight that had an adapter.
+
+  Raises:
+    InputError: it has none, or one on a weight that is not rounded: see `merge_lora`.
+  """
+  params, errors = merged_again(model.params)
+  return dataclasses.replace(model, params=params), errors
+
+
+def rotate(model: Model, key) -> Model:
+  """The model in a randomly rotated basis: every logit as it was, and no channel that stands out.
+
+  Rounding it to few bits then costs less: see `quantization.rotation` (QuaRot).
+
+  Args:
+    key: a jax PRNG key.
+
+  Raises:
+    InputError: norms or branches that no rotation passes through, or weights that are not floats.
+  """
+  config, params = rotation.rotate(model.config, model.params, key)
+  return dataclasses.replace(model, config=config, params=params)
 
 
 def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3,
@@ -299,8 +360,8 @@ def _check_described(folder, config, params):
                      f'{tensors.listed(odd)}; copy or make the folder again')
 
 
-def _apply(model, step, seed=0):
-  params = methods.apply(model.params, (step,), jax.random.key(seed))
+def _apply(model, *steps, seed=0):
+  params = methods.apply(model.params, steps, jax.random.key(seed))
   return dataclasses.replace(model, params=params)
 
 

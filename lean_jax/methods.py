@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 import jax
 
 from lean_jax.adapters.lora import lora, merge_lora
+from lean_jax.adapters.requantize import requantize_lora
 from lean_jax.errors import InputError
 from lean_jax.quantization.awq import awq, awq_scales
 from lean_jax.quantization.ema import ema
 from lean_jax.quantization.gptq import gptq
 from lean_jax.quantization.hqq import hqq
+from lean_jax.quantization.llm_int8 import llm_int8
+from lean_jax.quantization.loftq import loftq
 from lean_jax.quantization.lsq import lsq, lsq_plus
 from lean_jax.quantization.outliers import outlier_scales, outliers
 from lean_jax.quantization.pact import pact
@@ -25,9 +28,10 @@ from lean_jax.quantization.smoothquant import smooth_scales
 from lean_jax.quantization.spec import parse_spec
 from lean_jax.tree import transform
 
-METHODS = dict(rtn=rtn, gptq=gptq, awq=awq, smoothquant=rtn, hqq=hqq, fake_quantize=fake_quantize,
-               lsq=lsq, lsq_plus=lsq_plus, pact=pact, ema=ema, lora=lora, merge_lora=merge_lora,
-               outliers=outliers)
+METHODS = dict(rtn=rtn, gptq=gptq, awq=awq, smoothquant=rtn, hqq=hqq, llm_int8=llm_int8,
+               outliers=outliers, fake_quantize=fake_quantize, lsq=lsq, lsq_plus=lsq_plus,
+               pact=pact, ema=ema, lora=lora, loftq=loftq, merge_lora=merge_lora,
+               requantize_lora=requantize_lora)
 # Of the methods that first scale the inputs that weights share: the scales, see `equalization`.
 SCALES = dict(awq=awq_scales, smoothquant=smooth_scales, outliers=outlier_scales)
 

@@ -24,16 +24,22 @@ def lora(w, rank, alpha, *, key):
   Raises:
     InputError: rank out of range.
   """
+  check_rank(w, rank)
   shape = w.shape
   side = lambda kinds: tuple(shape[k] for k in positions(w.dims, kinds))
-  inputs, outputs = math.prod(side('i')), math.prod(side('o'))
-  if not 1 <= rank <= min(inputs, outputs):
-    raise InputError(f'LoRA rank {rank} is not within 1 and {min(inputs, outputs)}, the lesser '
-                     f'side of a weight of shape {shape}')
+  inputs = math.prod(side('i'))
   both = side('n') + side('e')
   bound = 1 / math.sqrt(inputs)
   a = jax.random.uniform(key, both + side('i') + (rank,), jnp.float32, -bound, bound)
   return LowRank(w, a, jnp.zeros(both + (rank,) + side('o')), alpha / rank)
+
+
+def check_rank(w, rank):
+  """Raises InputError if there is no product of this rank in the shape of w."""
+  inputs, outputs = (math.prod(w.shape[k] for k in positions(w.dims, kind)) for kind in 'io')
+  if not 1 <= rank <= min(inputs, outputs):
+    raise InputError(f'LoRA rank {rank} is not within 1 and {min(inputs, outputs)}, the lesser '
+                     f'side of a weight of shape {w.shape}')
 
 
 def merge_lora(w):

@@ -9,7 +9,7 @@ from lean_jax.calibration.driver import calibrated, row
 from lean_jax.calibration.text import opened, text_batches
 from lean_jax.data.packed import packed_windows
 from lean_jax.errors import InputError
-from lean_jax.quantization.spec import parse_spec
+from lean_jax.quantization.spec import QuantSpec, parse_spec
 from lean_jax.training import mesh as meshes
 from lean_jax.tree import named_weights, transform
 
@@ -23,11 +23,12 @@ def quantize(model, scheme, method='rtn', *, where=MATRICES, rules=(), calibrati
 
   Args:
     model: a Model of float weights.
-    scheme: 'w8a8', 'w4a16-g64', 'nf4-g64-dq', 'w2a16-g32', ...: see quantization/spec.py.
+    scheme: 'w8a8', 'w4a16-g64', 'nf4-g64-dq', 'w2a16-g32', ...: see quantization/spec.py; or rules
+      alone, as `allocate_bits` gives them, for what they match.
     method: 'rtn' rounds to nearest (clip='mse' within the best ranges), 'hqq' without calibration
       too; 'gptq' (damping=, act_order=, clip=), 'awq' (clip=) and 'smoothquant' (alpha=) look at
-      what weights are multiplied with, and so does a static scheme (inputs='absmax', 'percentile'
-      or 'mse').
+      what weights are multiplied with, and so do 'llm_int8' (threshold=) and a static scheme
+      (inputs='absmax', 'percentile' or 'mse').
     where: a regular expression on the weights' whole names.
     rules: (pattern, scheme) of weights that have another scheme, or None to stay as they are; the
       first that matches a whole name is the one, and `where` comes last.
@@ -46,11 +47,17 @@ def quantize(model, scheme, method='rtn', *, where=MATRICES, rules=(), calibrati
   """
   bound = lambda spec: methods.bound(method, dict(settings, spec=spec))
   made = [(p, None if spec is None else bound(parse_spec(spec))) for p, spec in rules]
-  made.append((where, bound(parse_spec(scheme))))
+  if isinstance(scheme, str | QuantSpec):
+    made.append((where, bound(parse_spec(scheme))))
+  elif where != MATRICES or rules:
+    raise InputError('rules in the place of a scheme say what they are for; leave where and rules= '
+                     'out')
+  else:
+    made = [(p, None if spec is None else bound(parse_spec(spec))) for p, spec in scheme]
   rules = tuple(made)
   if any(rule and rule.spec is None for _, rule in rules):
-    raise InputError(f'method {method!r} does not quantize; give rtn, gptq, '
-                     'awq, smoothquant or hqq')
+    raise InputError(f'method {method!r} does not quantize; give rtn, hqq, '
+                     'gptq, awq, smoothquant or llm_int8')
   rows = [] if report is None else report
   if calibration is None:
     if folder is not None:

@@ -158,6 +158,8 @@ def taken(tree, k):
 
 def _stacked(trees):
   def one(*ws):
+    if is_weight(ws[0]):
+      ws = type(ws[0]).alike(ws)
     whole = jax.tree.map(lambda *xs: jnp.stack(xs), *ws)
     return whole.add_axis(0, _STACKED) if is_weight(ws[0]) else whole
   return jax.tree.map(one, *trees, is_leaf=is_weight)

@@ -42,6 +42,7 @@ class Attention(nn.Module):
   """Multi-head attention, the key and value heads shared by groups (arXiv:2305.13245)."""
   config: Any
   reads = ('q', 'k', 'v')       # the weights that multiply x itself
+  writes = ('o',)               # and those whose products are the result
 
   @nn.compact
   def __call__(self, x, frame, layer, slot):

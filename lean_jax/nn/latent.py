@@ -48,6 +48,7 @@ class LatentAttention(nn.Module):
   """
   config: Any
   reads = ('q', 'q_a', 'kv_a')
+  writes = ('o',)
 
   @nn.compact
   def __call__(self, x, frame, layer, slot):

@@ -27,6 +27,7 @@ class LSTM(nn.Module):
   """out(h) of an LSTM over the tokens; the four gates are one product of x and one of h."""
   config: Any
   reads = ('in',)
+  writes = ('out',)
 
   @nn.compact
   def __call__(self, x, frame, layer, slot):

@@ -48,6 +48,7 @@ class Mamba(nn.Module):
   """out(scan(conv(in(x))) * silu(gate(x)))."""
   config: Any
   reads = ('in', 'gate')
+  writes = ('out',)
 
   @nn.compact
   def __call__(self, x, frame, layer, slot):

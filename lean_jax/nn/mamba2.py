@@ -66,6 +66,7 @@ class Mamba2(nn.Module):
   """out(norm(ssd(conv(in(x))) * silu(gate(x))))."""
   config: Any
   reads = ('in', 'gate', 'dt')
+  writes = ('out',)
 
   @nn.compact
   def __call__(self, x, frame, layer, slot):

@@ -34,6 +34,7 @@ class MLP(nn.Module):
   """down(f(gate(x)) * up(x)), or down(f(up(x)))."""
   config: Any
   reads = ('gate', 'up')        # the weights that multiply x itself
+  writes = ('down',)            # and those whose products are the result
 
   @nn.compact
   def __call__(self, x, frame):

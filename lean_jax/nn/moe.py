@@ -51,6 +51,7 @@ class MoE(nn.Module):
   """The sum of what a token's experts give, as its router weighs them, and the shared one's."""
   config: Any
   reads = ('router', 'experts/gate', 'experts/up', 'shared/gate', 'shared/up')
+  writes = ('experts/down', 'shared/down')
 
   @nn.compact
   def __call__(self, x, frame):

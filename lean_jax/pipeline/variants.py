@@ -4,6 +4,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lean_jax.adapters import requantize
 from lean_jax.api import Model
 from lean_jax.calibration.steps import apply
 from lean_jax.calibration.text import of_windows
@@ -75,7 +76,18 @@ def make(variant, model, models, windows, c, mesh, folder, bars, stop):
           hooks=(progress.training(update, phase.steps, batch * windows['main'].length),),
           **settings)
     model = dataclasses.replace(model, params=params)
-  return applied(model, 'finish'), seconds
+  done = applied(model, 'finish')
+  _tell_merged(variant, model.params, done.params, bars)
+  return done, seconds
+
+
+def _tell_merged(variant, before, after, bars):
+  """A line of what merging adapters into integers lost."""
+  merges = any(step['method'] == 'requantize_lora' for step in variant.get('finish', ()))
+  if lost := merges and requantize.merging_errors(before, after):
+    most = max(lost, key=lost.get)
+    bars.line(f'{variant["name"]} merged', f'{lost[most]:.2%} of {most} lost, the most of '
+              f'{len(lost)} weights')
 
 
 def _layers(config, keep):

@@ -15,6 +15,7 @@ from lean_jax.errors import InputError
 from lean_jax.quantization import formats
 from lean_jax.quantization.clip import check_clip, least_error
 from lean_jax.quantization.equalization import broadcast, tidy
+from lean_jax.quantization.ranges import static_step
 from lean_jax.quantization.spec import parse_spec
 from lean_jax.weights import Dense, Quantized
 from lean_jax.weights.base import to_matrix
@@ -43,7 +44,7 @@ def awq(w, spec, stats, clip='mse'):
   value, shrink = meta.unbox(w), 1.
   if clip == 'mse':
     shrink = _shrink(to_matrix(value, w.dims).astype(jnp.float32), stats.second, spec)
-  return Quantized.of(value, spec, w.dims, w.axes, shrink)
+  return Quantized.of(value, spec, w.dims, w.axes, shrink, static_step(spec, stats))
 
 
 @functools.partial(jax.jit, static_argnums=2)

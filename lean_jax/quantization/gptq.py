@@ -16,6 +16,7 @@ from lean_jax.quantization import codes as grid
 from lean_jax.quantization import formats
 from lean_jax.quantization.clip import check_clip, least_error
 from lean_jax.quantization.nested import nested
+from lean_jax.quantization.ranges import static_step
 from lean_jax.quantization.spec import parse_spec
 from lean_jax.weights import Dense, Quantized
 from lean_jax.weights.base import to_matrix, unstacked
@@ -54,7 +55,7 @@ def gptq(w, spec, stats, damping=.01, act_order=True, clip='absmax'):
                                   damping=float(damping), act_order=bool(act_order), clip=clip)
   scale = nested(scale) if spec.double else scale
   return Quantized.from_codes(codes, scale, zero, spec, unstacked(value.shape, w.dims), value.dtype,
-                              w.dims, w.axes)
+                              w.dims, w.axes, input_scale=static_step(spec, stats))
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'damping', 'act_order', 'clip'))

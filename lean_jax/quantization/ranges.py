@@ -12,6 +12,11 @@ HIGH = 127                    # of eight bits, symmetric
 LEAST = 1e-8                  # of a step
 
 
+def static_step(spec, stats, how='absmax'):
+  """`input_step` where a scheme's activations have a fixed range; None where they do not."""
+  return input_step(stats, how) if spec.static else None
+
+
 def input_step(stats, how='absmax'):
   """The step between the eight-bit codes of a weight's inputs, [*e] float32.
 

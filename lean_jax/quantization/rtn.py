@@ -5,7 +5,7 @@ from flax.core import meta
 from lean_jax.errors import InputError
 from lean_jax.quantization.clip import check_clip, least_error
 from lean_jax.quantization.formats import grouped
-from lean_jax.quantization.ranges import input_step
+from lean_jax.quantization.ranges import static_step
 from lean_jax.quantization.spec import parse_spec
 from lean_jax.weights import Dense, Quantized, Trained
 from lean_jax.weights.base import to_matrix
@@ -47,4 +47,4 @@ def rtn(w, spec, stats=None, clip='absmax', inputs='absmax'):
     matrix = to_matrix(value, w.dims).astype(jnp.float32)
     shrink = least_error(grouped(matrix, spec), spec, matrix.shape[-2])
   return Quantized.of(value, spec, w.dims, w.axes, shrink,
-                      input_step(stats, inputs) if spec.static else None)
+                      static_step(spec, stats, inputs))

@@ -93,6 +93,11 @@ class Weight(meta.AxisMetadata):
     cut = lambda t: t[:index] + t[index + 1:]
     return self._replace_axes(cut(self.dims), cut(self.axes))
 
+  @staticmethod
+  def alike(weights):
+    """Weights of this kind, of several layers, with arrays of the same shapes: to be stacked."""
+    return weights
+
   def _replace_axes(self, dims, axes):
     return dataclasses.replace(self, dims=dims, axes=axes)
 

@@ -17,11 +17,13 @@ from lean_jax.errors import InputError
 from lean_jax.kernels.int8_matmul.reference import quantize_rows
 from lean_jax.nn.linear import dims_of
 from lean_jax.quantization.ema import ema
+from lean_jax.quantization.llm_int8 import apart
 from lean_jax.quantization.lsq import lsq, lsq_plus
 from lean_jax.quantization.pact import pact
 from lean_jax.quantization.qat import fake_quantize
 from lean_jax.quantization.rtn import rtn
 from lean_jax.weights import Dense, Rescaled
+from lean_jax.weights.base import to_matrix
 from lean_jax.weights.description import abstract, describe, difference
 
 part = functools.partial
@@ -58,6 +60,12 @@ def rescaled(w):
   return Rescaled(w, jax.random.uniform(jax.random.key(3), shape, minval=.5, maxval=2.))
 
 
+def outlying(w, spec='w8a16'):
+  """The weight with the rows of some inputs apart, more of one layer or expert than of another."""
+  shape = jax.eval_shape(lambda: to_matrix(w.value, w.dims)).shape[:-1]
+  return apart(w, np.random.default_rng(0).random(shape) < .3, spec)
+
+
 KINDS = {
     'dense': lambda w: w,
     'w8a16': part(rtn, spec='w8a16'),
@@ -75,6 +83,7 @@ KINDS = {
     'lsq': part(lsq, spec='w4a16-g4'),
     'lsq_plus': part(lsq_plus, spec='w2a16-g3'),
     'rescaled': lambda w: rescaled(rtn(w, 'w4a16-g4')),
+    'outliers': outlying,
     'lora': adapted,
     'qlora': lambda w: adapted(rtn(w, 'w4a16-g4')),
     'lora_over_qat': lambda w: adapted(fake_quantize(w, 'w2a16-g4')),
