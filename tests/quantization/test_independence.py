@@ -111,15 +111,12 @@ def test_gptq_is_that_of_each_layer_and_of_each_expert():
   value = jnp.asarray(draw(size=(2, 2, 16, 4)), jnp.float32)
   mixed = draw(size=(2, 2, 64, 4)) @ draw(size=(2, 2, 4, 16)) + .1 * draw(size=(2, 2, 64, 16))
   stats = of_matrix(jnp.asarray(mixed, jnp.float32))
-  run = jax.jit(lambda w, stats: gptq(w, 'w2a16-g8', stats).unbox())
-  found = run(Dense(value, 'neio', (None,) * 4), stats)
-  for at in np.ndindex(2, 2):
-    one = Dense(value[at], 'io', (None,) * 2)
-    alone = run(one, jax.tree.map(lambda x, at=at: x[at], stats))
-    # Many Hessians are inverted in another order than one of them.
-    np.testing.assert_allclose(found[at], alone, atol=1e-5)
-    error = lambda v, at=at: float(np.sum((mixed[at] @ np.asarray(v - value[at])) ** 2))
-    assert error(found[at]) < .7 * error(rtn(one, 'w2a16-g8').unbox())
+  w = Dense(value, 'neio', (None,) * 4)
+  found = jax.jit(lambda w, stats: gptq(w, 'w2a16-g8', stats))(w, stats)
+  rounded = rtn(w, 'w2a16-g8')
+  np.testing.assert_array_equal(found.scale, rounded.scale)
+  error = lambda v: np.sum((mixed @ np.asarray(v.unbox() - value)) ** 2, axis=(2, 3))
+  assert np.all(error(found) < .7 * error(rounded))
 
 
 def test_four_bit_activations_are_refused_and_not_left_to_the_compiler():
