@@ -106,9 +106,13 @@ def _called(eqn):
 
 
 def _scan(eqn, inputs, found):
-  consts, carries = eqn.params['num_consts'], eqn.params['num_carry']
-  fixed, carry, xs = inputs[:consts], inputs[consts:consts + carries], inputs[consts + carries:]
   body = eqn.params['jaxpr'].jaxpr
+  # What is sliced comes last, and has an axis more outside; versions of JAX count it differently.
+  whole = lambda outside, inside: sum(
+      a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
+  carries = whole(eqn.outvars, body.outvars)
+  first = whole(eqn.invars, body.invars)
+  fixed, carry, xs = inputs[:first - carries], inputs[first - carries:first], inputs[first:]
   return _until_still(lambda carry, into: walk(body, [*fixed, *carry, *xs], into), carry, found)
 
 
@@ -171,15 +175,14 @@ def _plain(eqn, inputs, out):
   """What any other operation makes of its operands."""
   name, dtype = eqn.primitive.name, getattr(out.aval, 'dtype', None)
   traces = joined(*(_spread(eqn, traces, v, out) for traces, v in zip(inputs, eqn.invars)))
-  before = getattr(eqn.invars[0].aval, 'dtype', None) if eqn.invars else None
-  few = (name == 'round' or dtype == jnp.bool_
-         or (name == 'convert_element_type' and _is_wide(before) and not _is_wide(dtype)))
-  if few:
+  if name.startswith(('reduce_', 'arg')) and name != 'reduce_precision':
+    return _shared(traces)
+  wide = any(_is_wide(getattr(v.aval, 'dtype', None)) for v in eqn.invars)
+  fewer = wide and not _is_wide(dtype) and name != 'bitcast_convert_type'
+  if fewer or name == 'round' or dtype == jnp.bool_:
     return frozenset((origin, ROUNDED) for origin, _ in traces)
   if name in _SMOOTH:
     return frozenset((o, RAW if state == ROUNDED else state) for o, state in traces)
-  if name.startswith(('reduce_', 'arg')) and name != 'reduce_precision':
-    return _shared(traces)
   return traces
 
 

@@ -20,6 +20,7 @@ def test_every_variant_starts_from_one_before_it_and_every_claim_is_on_a_variant
     assert v['start'] in ('teacher', 'random', *names[:k])
     assert v.get('phase') in (None, *c.phases)
     assert v.get('teacher') in (None, *names[:k])
+    assert v.get('data') != 'written' or v.get('teacher')
   for claim in c.claims:
     assert {claim[side].split('.')[0] for side in ('left', 'right')} <= set(names)
   assert c.sample.variant in names
