@@ -4,8 +4,10 @@ import math
 
 import pytest
 
+from lean_jax.errors import InputError
 from lean_jax.interop import hf
 from lean_jax.models.decoder import DecoderConfig
+from lean_jax.pipeline import variants
 
 pipeline, qat = (importlib.import_module(f'lean_jax.experiments.{name}')
                  for name in ('lean_pipeline', 'qat'))
@@ -40,3 +42,9 @@ def test_the_full_size_has_several_hundred_million_parameters():
 def test_an_unknown_size_is_refused(experiment):
   with pytest.raises(ValueError, match='tiny'):
     experiment.get_config('huge')
+
+
+def test_what_a_teacher_writes_needs_a_teacher(tiny_model):
+  variant = dict(name='alone', phase='longer', data='written')
+  with pytest.raises(InputError, match="'alone'.*give it a teacher"):
+    variants.make(variant, tiny_model, {}, {}, qat.get_config('tiny'), None, None, None, None)
