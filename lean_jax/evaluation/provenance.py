@@ -6,7 +6,7 @@ COTANGENT (anything that depends on one). States:
 
   RAW         the value itself, as it was or through smooth functions
   STATISTIC   something that many values share: a maximum, a sum, a scale
-  ROUNDED     one of few: it went through integers, a comparison or a rounding
+  ROUNDED     one of few: it went through integers, a comparison or a rounding, and what is made of it
 
 A value is rounded if a trace is ROUNDED and none is RAW: the scale that a code is multiplied with
 may be any number, the code may not. So w + (round(w) - w) is not rounded: in floats it is not
@@ -22,8 +22,6 @@ INPUTS, COTANGENT = 'inputs', 'cotangent'
 RAW, STATISTIC, ROUNDED = 'raw', 'statistic', 'rounded'
 
 _PRODUCTS = {'dot_general', 'ragged_dot_general', 'ragged_dot', 'conv_general_dilated'}
-_SMOOTH = {'exp', 'exp2', 'log', 'log1p', 'expm1', 'tanh', 'logistic', 'sin', 'cos', 'erf', 'sqrt',
-           'rsqrt', 'integer_pow', 'pow', 'cumsum', 'cumprod', 'cumlogsumexp'}
 _ROWS = {'gather', 'dynamic_slice'}                    # of the first operand, by the others
 
 
@@ -181,8 +179,6 @@ def _plain(eqn, inputs, out):
   fewer = wide and not _is_wide(dtype) and name != 'bitcast_convert_type'
   if fewer or name == 'round' or dtype == jnp.bool_:
     return frozenset((origin, ROUNDED) for origin, _ in traces)
-  if name in _SMOOTH:
-    return frozenset((o, RAW if state == ROUNDED else state) for o, state in traces)
   return traces
 
 
