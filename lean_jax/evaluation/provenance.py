@@ -4,9 +4,9 @@ A walk over a jaxpr with, for each value, where it comes from: a set of traces, 
 state. Origins are a weight's number, INPUTS (of the program, or anything after a product), and
 COTANGENT (anything that depends on one). States:
 
-  RAW         the value itself, as it was or through smooth functions
+  RAW         the value itself, or what is made of it
   STATISTIC   something that many values share: a maximum, a sum, a scale
-  ROUNDED     one of few: it went through integers, a comparison or a rounding, and what is made of it
+  ROUNDED     one of few: it, or what it is made of, went through integers or a comparison
 
 A value is rounded if a trace is ROUNDED and none is RAW: the scale that a code is multiplied with
 may be any number, the code may not. So w + (round(w) - w) is not rounded: in floats it is not
