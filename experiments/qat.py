@@ -1,6 +1,6 @@
 r"""Training through the rounding against rounding afterwards, step for step, at 2, 3 and 4 bits.
 
-lean-jax run --config=experiments/qat.py --workdir=runs/qat              (minutes on two cores)
+lean-jax run --config=experiments/qat.py --workdir=runs/qat         (five minutes on two cores)
 lean-jax run --config=experiments/qat.py --workdir=runs/stories --config.teacher=stories260K \
     --config.data.path=stories.jsonl
 
@@ -10,14 +10,17 @@ learned ones (w2-lsq: LSQ, arXiv:1902.08153, from the start of LSQ+, arXiv:2004.
 offsets at two bits). Every column of a matrix has one step. What is measured is the stored
 integers.
 
-The claims, checked by the run itself:
+The claims, checked by the run itself, and perplexities that it had on two cores (float 41.4, and
+trained on 38.4):
   LSQ, table 1: ResNet-18 trained at 4, 3, 2 bits has 71.1, 70.2, 67.6% of ImageNet's top-1, 70.5
-    in float: four bits cost nothing after 90 epochs. In 150 steps, ours cost less than 3%.
+    in float: four bits cost nothing after 90 epochs. In 150 steps, ours cost less than 3%: 39.1;
+    40.5 and 43.5 at 3 and 2 bits, rounded to nearest 47.6 and 84.4.
   BitNet b1.58 (arXiv:2402.17764, table 1): from scratch, ternary weights have a perplexity near
     float's (9.91 against 10.04 at 3 billion parameters, 12.87 against 12.33 at 700 million);
-    rounded to ternary afterwards a model is destroyed.
+    rounded to ternary afterwards a model is destroyed. Ours: 44.9 from scratch, 114.6 rounded.
   LLM-QAT (arXiv:2305.17888, table 1): with the float teacher's distribution as the target, training
-    beats rounding to four bits with 8-bit activations.
+    beats rounding to four bits with 8-bit activations (w4a8-taught: 41.8 against 42.8); and so it
+    does without any text, on what the teacher itself writes (w4a8-written: 42.2).
 """
 import importlib
 
@@ -38,6 +41,8 @@ def get_config(size=''):
   if size == 'tiny':
     for phase in c.phases.values():
       phase.steps = 40
+    c.written = 64
+  c.written = 1024               # windows that the teacher writes
   c.distillation = dict(temperature=1., soft_weight=1.)
   c.speed.update(prompt=32, decode=16, batch=2)
   c.sample.update(variant='w2-lsq', tokens=40)
@@ -61,6 +66,7 @@ def variants():
               trained(f'w{bits}-lsq', 'lsq_plus', spec)]
   found += [dict(name='w4a8-rtn', start='teacher', methods=one('rtn', 'w4a8')),
             trained('w4a8-taught', 'fake_quantize', 'w4a8', teacher='teacher'),
+            trained('w4a8-written', 'fake_quantize', 'w4a8', teacher='teacher', data='written'),
             dict(name='ternary-rtn', start='teacher', methods=one('rtn', 'w1.58a8')),
             trained('bitnet', 'fake_quantize', 'w1.58a8', start='random', phase='scratch')]
   return tuple(found)
@@ -79,4 +85,5 @@ def claims():
           less('LSQ at 4 bits is within 3% of float', 'w4-lsq', 'longer', 1.03),
           less('BitNet b1.58 from scratch beats ternary rounding', 'bitnet', 'ternary-rtn', .5),
           less('BitNet b1.58 from scratch is within 25% of float', 'bitnet', 'teacher', 1.25),
-          less('QAT with the float teacher beats rounding at w4a8', 'w4a8-taught', 'w4a8-rtn'))
+          less('QAT with the float teacher beats rounding at w4a8', 'w4a8-taught', 'w4a8-rtn'),
+          less('and so it does on what the teacher writes', 'w4a8-written', 'w4a8-rtn'))

@@ -6,7 +6,7 @@
     print(model.generate('Once upon a time'))
     lean.save(model, 'OUT')
 
-The functions are those of `lean_jax.api`; they are imported when first used.
+The functions are those of `lean_jax.api`, and `evaluation.audit`, imported when first used.
 """
 import importlib
 from typing import TYPE_CHECKING
@@ -31,20 +31,23 @@ if TYPE_CHECKING:
     scan_layers,
     train,
   )
+  from lean_jax.evaluation.audit import audit
 
 _API = ('Model', 'allocate_bits', 'attach_lora', 'distill', 'evaluate', 'generate', 'load',
         'merge_lora', 'quantize', 'requantize', 'rotate', 'save', 'scan_layers', 'train')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach_lora',
-           'distill', 'evaluate', 'generate', 'load', 'merge_lora', 'quantize', 'requantize',
+           'audit', 'distill', 'evaluate', 'generate', 'load', 'merge_lora', 'quantize', 'requantize',
            'rotate', 'save', 'scan_layers', 'train']
 
 
 def __getattr__(name):
   if name in _API:
     return getattr(importlib.import_module('lean_jax.api'), name)
+  if name == 'audit':
+    return importlib.import_module('lean_jax.evaluation.audit').audit
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__():
-  return sorted([*globals(), *_API])
+  return sorted([*globals(), *_API, 'audit'])

@@ -16,5 +16,9 @@ class NonFiniteError(LeanError, ArithmeticError):
   """Training met a NaN or an infinity; the message names the step and the batch."""
 
 
+class PrecisionError(LeanError):
+  """A weight is computed, or stored, in another precision than asked; the message names it."""
+
+
 class Preempted(LeanError):
   """The process was asked to stop (SIGTERM); the training state is saved."""

@@ -111,17 +111,8 @@ def int8_grouped_matmul(x, values, scale, sizes, *, group=None, x_scale=None):
   Returns:
     [M N], float32.
   """
-  if group is None:
-    return _grouped(x, values, jnp.broadcast_to(scale, (*scale.shape[:2], values.shape[-1])), sizes,
-                    x_scale)
-  # A sum of products of integers, group of rows by group of rows: a group is one contraction.
-  total = 0.
-  codes, step = _rows(x, sizes, x_scale)
-  for k, start in enumerate(range(0, values.shape[1], group)):
-    part = _straight(x[:, start:start + group], codes[:, start:start + group], step)
-    wide = values[:, start:start + group].astype(x.dtype) * scale[:, k:k + 1].astype(x.dtype)
-    total = total + grouped.grouped_matmul(part, wide, sizes)
-  return total.astype(jnp.float32)
+  scale = jnp.broadcast_to(scale, (*scale.shape[:2], values.shape[-1]))
+  return _grouped(group or values.shape[1], x, values, scale, sizes, x_scale)
 
 
 def _rows(x, sizes, x_scale):
@@ -132,37 +123,48 @@ def _rows(x, sizes, x_scale):
   return codes[:, 0], step[:, 0]
 
 
-def _straight(x, codes, step):
-  """Rounded rows, through which the gradient passes straight."""
-  return x + jax.lax.stop_gradient((codes * step).astype(x.dtype) - x)
-
-
-@jax.custom_vjp
-def _grouped(x, values, scale, sizes, x_scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(group, x, values, scale, sizes, x_scale):
   codes, row_scale = _rows(x, sizes, x_scale)
-  total = grouped.grouped_matmul(codes, values, sizes)
-  return total.astype(jnp.float32) * row_scale * _each_row(scale, sizes, x)
+  total = 0.
+  for k, span in _spans(group, values):
+    part = grouped.grouped_matmul(codes[:, span], values[:, span], sizes)
+    total = total + part.astype(jnp.float32) * _each_row(scale[:, k], sizes, x)
+  return total * row_scale
 
 
-def _grouped_forward(x, values, scale, sizes, x_scale):
-  return _grouped(x, values, scale, sizes, x_scale), (x, values, scale, sizes, x_scale)
+def _grouped_forward(group, x, values, scale, sizes, x_scale):
+  return _grouped(group, x, values, scale, sizes, x_scale), (x, values, scale, sizes, x_scale)
 
 
-def _grouped_backward(saved, g):
+def _grouped_backward(group, saved, g):
   x, values, scale, sizes, x_scale = saved
   transposed = lambda part: part.T.astype(g.dtype)
-  dx = grouped.grouped_matmul(g * _each_row(scale, sizes, x), values, sizes, matrix=transposed)
   codes, step = _rows(x, sizes, x_scale)
-  unscaled = grouped.grouped_matmul((codes * step).astype(g.dtype), values, sizes)
+  rounded = (codes * step).astype(g.dtype)
   expert = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
-  dscale = jax.ops.segment_sum(g * unscaled, expert, sizes.shape[0], indices_are_sorted=True)
-  return (dx.astype(x.dtype), None, dscale[:, None].astype(scale.dtype), None,
+  dx, dscale = [], []
+  for k, span in _spans(group, values):
+    part = values[:, span]
+    dx.append(grouped.grouped_matmul(g * _each_row(scale[:, k], sizes, x), part, sizes,
+                                     matrix=transposed))
+    unscaled = grouped.grouped_matmul(rounded[:, span], part, sizes)
+    dscale.append(jax.ops.segment_sum(g * unscaled, expert, sizes.shape[0],
+                                      indices_are_sorted=True))
+  return (jnp.concatenate(dx, axis=-1).astype(x.dtype), None,
+          jnp.stack(dscale, axis=1).astype(scale.dtype), None,
           None if x_scale is None else jnp.zeros_like(x_scale))
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
+def _spans(group, values):
+  """(k, rows of values [E K N] in group k), the last one shorter where they do not fill it."""
+  return [(k, slice(start, start + group))
+          for k, start in enumerate(range(0, values.shape[1], group))]
+
+
 def _each_row(scale, sizes, x):
-  """[M N], the scales of each row's expert."""
-  return jnp.repeat(scale[:, 0], sizes, axis=0, total_repeat_length=x.shape[0])
+  """[M N], the scales [E N] of each row's expert."""
+  return jnp.repeat(scale, sizes, axis=0, total_repeat_length=x.shape[0])

@@ -10,6 +10,7 @@ from lean_jax.calibration.steps import apply
 from lean_jax.calibration.text import of_windows
 from lean_jax.data.batches import Batches
 from lean_jax.distillation.start import alternating, take_layers
+from lean_jax.distillation.written import written
 from lean_jax.errors import InputError
 from lean_jax.models.decoder import Decoder
 from lean_jax.models.families import FAMILIES
@@ -65,9 +66,9 @@ def make(variant, model, models, windows, c, mesh, folder, bars, stop):
   if variant.get('phase'):
     phase, settings = c.phases[variant['phase']], dict(c.training)
     batch = settings.pop('batch')
-    batches = Batches(windows[variant.get('data', 'main')], batch, c.seed,
-                      host=jax.process_index(), hosts=jax.process_count())
     teacher = models[variant['teacher']] if variant.get('teacher') else None
+    batches = Batches(_data(variant, windows, teacher, c), batch, c.seed,
+                      host=jax.process_index(), hosts=jax.process_count())
     with bars.bar(f'train {variant["name"]}', phase.steps) as update:
       params, seconds = train(
           model.module, model.params, batches, steps=phase.steps, peak=phase.peak,
@@ -88,6 +89,17 @@ def _tell_merged(variant, before, after, bars):
     most = max(lost, key=lost.get)
     bars.line(f'{variant["name"]} merged', f'{lost[most]:.2%} of {most} lost, the most of '
               f'{len(lost)} weights')
+
+
+def _data(variant, windows, teacher, c):
+  """The windows that a variant trains on: those of a corpus, or 'written' by its teacher."""
+  name = variant.get('data', 'main')
+  if name != 'written':
+    return windows[name]
+  if teacher is None:
+    raise InputError(f"variant {variant['name']!r} trains on what its teacher writes, and has "
+                     'none; give it a teacher')
+  return written(teacher, c.written, length=c.data.window, seed=c.seed)
 
 
 def _layers(config, keep):

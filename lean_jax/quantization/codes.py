@@ -51,13 +51,7 @@ def fit(x, spec, rows, shrink=1.):
     scale 1.
   """
   if spec.code in ('binary', 'ternary'):
-    G, g = x.shape[-3:-1]
-    count = jnp.clip(rows - g * jnp.arange(G), 1, g).reshape((1,) * (x.ndim - 3) + (G, 1))
-    total = total_of(jnp.abs(x), -2)
-    if spec.tensor:
-      total = total_of(total_of(total, -2)[..., None], -2)[..., None]
-      count = jnp.full((1,) * total.ndim, rows * x.shape[-1])
-    return positive(total / count * shrink, spec), None
+    return positive(_mean(jnp.abs(x), spec, rows) * shrink, spec), None
   most = lambda v: jnp.max(v, axis=(-3, -2, -1))[..., None, None] if spec.tensor else (
       jnp.max(v, axis=-2))
   if spec.code != 'int':
@@ -71,6 +65,11 @@ def fit(x, spec, rows, shrink=1.):
   scale = positive((top - bottom) * (1 / (spec.high - spec.low)), spec)
   zero = jnp.round(-bottom / scale.astype(jnp.float32))
   return scale, jnp.clip(zero, spec.low, spec.high).astype(jnp.uint8)
+
+
+def centred(x, spec, rows):
+  """x [..., G, g, O] as it is encoded: of a binary code less its mean (arXiv:2310.11453, eq. 1)."""
+  return x - _mean(x, spec, rows)[..., None, :] if spec.code == 'binary' else x
 
 
 def encode(x, scale, zero, spec):
@@ -159,6 +158,17 @@ def positive(scale, spec):
   """Scales as they are stored, 1 in the place of 0."""
   scale = jnp.where(scale > 0, scale, 1).astype(stored_dtype(spec))
   return jnp.where(scale > 0, scale, jnp.finfo(scale.dtype).tiny)       # what rounded to zero
+
+
+def _mean(x, spec, rows):
+  """The mean of what shares a scale, [..., G, O] or [..., 1, 1]; x as `fit` takes it."""
+  G, g = x.shape[-3:-1]
+  count = jnp.clip(rows - g * jnp.arange(G), 1, g).reshape((1,) * (x.ndim - 3) + (G, 1))
+  total = total_of(x, -2)
+  if spec.tensor:
+    total = total_of(total_of(total, -2)[..., None], -2)[..., None]
+    count = jnp.full((1,) * total.ndim, rows * x.shape[-1])
+  return total / count
 
 
 def _power(top, spec):

@@ -30,6 +30,7 @@ def quantize(x, spec, shrink=1.):
   """
   split = grouped(x.astype(jnp.float32), spec)                           # [..., G, g, O]
   scale, zero = grid.fit(split, spec, x.shape[-2], shrink)
+  split = grid.centred(split, spec, x.shape[-2])
   found = grid.encode(split, scale[..., None, :], None if zero is None else zero[..., None, :],
                       spec)
   return ungrouped(found, x.shape[-2]), nested(scale) if spec.double else scale, zero

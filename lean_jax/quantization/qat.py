@@ -7,9 +7,20 @@ from lean_jax.weights import Dense, FakeQuantized
 def fake_quantize(w, spec):
   """The weight rounded to `spec` in every forward pass, straight through backward.
 
-  Jacob et al. 2018 (arXiv:1712.05877), section 3. Of a random start with 'w1.58a8' or 'w1a8' this
-  is BitNet (Ma et al. 2024, arXiv:2402.17764, section 2; Wang et al. 2023, arXiv:2310.11453,
-  section 2). After training, `rtn(w, spec)` stores the integers; nothing changes by that.
+  Jacob et al. 2018 (arXiv:1712.05877), section 3. After training, `rtn(w, spec)` stores the
+  integers; nothing changes by that.
+
+  Of a random start with 'w1.58a8' this is the BitLinear of BitNet b1.58 (Ma et al. 2024,
+  arXiv:2402.17764, section 2), with 'w1a8' that of BitNet (Wang et al. 2023, arXiv:2310.11453,
+  section 2.1). Q is 127, round is to the nearest even:
+
+    b1.58    gamma = mean |W|;  W' = clip(round(W / gamma), -1, 1) gamma
+    BitNet   alpha = mean W, beta = mean |W|;  W' = sign(W - alpha) beta, sign 0 = -1
+    both     x' = clip(round(x Q / max |x|), -Q, Q) max |x| / Q, of each token;  y = x' W'
+
+  The papers normalise x first, in every product. Here the models' own norms do that before
+  q, k, v, gate and up; o and down have none, for checkpoints of the families know none there.
+  The papers' two-stage learning rate and weight decay are left to the optimizer's settings.
 
   Raises:
     InputError: the weight is not a plain one, the name is no scheme, or its activations need a

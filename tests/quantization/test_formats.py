@@ -172,7 +172,8 @@ def test_one_bit_and_ternary_scales_are_mean_magnitudes(text):
   for start in range(0, 12, spec.group or 12):
     part, got = x[start:start + (spec.group or 12)], y[start:start + (spec.group or 12)]
     scale = np.abs(part).mean(axis=0) if spec.group else np.abs(part).mean()
-    want = np.where(part > 0, 1, -1) if spec.code == 'binary' else np.clip(
+    middle = part.mean(axis=0) if spec.group else part.mean()
+    want = np.where(part > middle, 1, -1) if spec.code == 'binary' else np.clip(
         np.round(part / scale), -1, 1)
     np.testing.assert_allclose(got, want * scale, rtol=2. ** -8 if spec.group else 1e-6)
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from lean_jax import methods, tree
+from lean_jax.calibration.statistics import of_matrix
+from lean_jax.errors import InputError
 from lean_jax.models.decoder import Decoder, DecoderConfig
+from lean_jax.models.segments import converted
+from lean_jax.quantization.gptq import gptq
+from lean_jax.quantization.qat import fake_quantize
+from lean_jax.quantization.rtn import rtn
+from lean_jax.quantization.spec import parse_spec
+from lean_jax.weights import Dense
 
 CONFIG = DecoderConfig(vocabulary=32, width=16, layers=2, heads=2, groups=2, head_width=8,
                        hidden=16, context=8)                   # each matrix is 16 x 16
@@ -35,6 +43,18 @@ def test_a_plain_and_a_quantized_model_do_not_meet_in_a_jit_cache(order):
   for k, p in enumerate((plain, lean)):
     want = module.apply({'params': jax.tree.map(jnp.asarray, p)}, TOKENS)[0]
     np.testing.assert_allclose(found[k], want, atol=1e-5)
+  assert float(jnp.abs(found[0] - found[1]).max()) > .01
+
+
+@pytest.mark.parametrize('order', [(0, 1), (1, 0)])
+def test_nor_do_they_in_a_function_that_multiplies_by_itself(order):
+  """x @ w of a dense value, as any foreign module does it."""
+  plain = Dense(jnp.linspace(-1, 1, 128).reshape(16, 8), 'io', (None, None))
+  weights, x = (plain, fake_quantize(plain, 'w2a16')), jnp.ones((4, 16)) / 3
+  run = jax.jit(lambda w, x: x @ w.unbox())
+  found = {k: run(weights[k], x) for k in order}
+  for k, w in enumerate(weights):
+    np.testing.assert_allclose(found[k], x @ w.unbox(), atol=1e-6)
   assert float(jnp.abs(found[0] - found[1]).max()) > .01
 
 
@@ -74,3 +94,31 @@ def test_a_broad_w8a8_rule_rounds_the_weights_products_and_no_other():
   assert len(integer) == 7 + 1                         # a layer's weights, and the head
   assert all(d == ('float32', 'float32') for d in found if d not in integer)
   assert len(found) > len(integer)                     # attention's own products are there, float
+
+
+def test_stacked_layers_are_rounded_as_each_would_be_by_itself():
+  module, lean = apply('rtn', 'w4a16-g8')
+  config, apart = converted(module.config, lean, False)
+  _, plain = converted(module.config, params()[1], False)
+  want = methods.apply(plain, (dict(where='layers/.*', method='rtn', spec='w4a16-g8'),))
+  assert len(tree.named_weights(apart)) == 7 * config.layers + 1
+  jax.tree.map(np.testing.assert_array_equal, apart, want)
+
+
+def test_gptq_is_that_of_each_layer_and_of_each_expert():
+  """Elsewhere stacked layers get wrong scales, and experts are silently rounded to nearest."""
+  draw = np.random.default_rng(0).normal
+  value = jnp.asarray(draw(size=(2, 2, 16, 4)), jnp.float32)
+  mixed = draw(size=(2, 2, 64, 4)) @ draw(size=(2, 2, 4, 16)) + .1 * draw(size=(2, 2, 64, 16))
+  stats = of_matrix(jnp.asarray(mixed, jnp.float32))
+  w = Dense(value, 'neio', (None,) * 4)
+  found = jax.jit(lambda w, stats: gptq(w, 'w2a16-g8', stats))(w, stats)
+  rounded = rtn(w, 'w2a16-g8')
+  np.testing.assert_array_equal(found.scale, rounded.scale)
+  error = lambda v: np.sum((mixed @ np.asarray(v.unbox() - value)) ** 2, axis=(2, 3))
+  assert np.all(error(found) < .7 * error(rounded))
+
+
+def test_four_bit_activations_are_refused_and_not_left_to_the_compiler():
+  with pytest.raises(InputError, match="no scheme 'w4a4'.*w4a8"):
+    parse_spec('w4a4')

@@ -223,6 +223,33 @@ def test_calibrating_is_training_the_ranges_alone():
 
 
 @pytest.mark.parametrize('text', ['w1.58a8', 'w1a8'])
+@pytest.mark.parametrize('dims', ['io', 'nio'])
+def test_bitnet_is_the_papers_in_float64(text, dims):
+  """arXiv:2402.17764, section 2; arXiv:2310.11453, equations 1 to 9; both straight through."""
+  value = draw(0, *(2, ROWS, COLUMNS)[-len(dims):]) + .3
+  x, up = draw(1, 5, ROWS), draw(2, 5, COLUMNS)
+  w = fake_quantize(Dense(jnp.asarray(value, jnp.float32), dims, (None,) * len(dims)), text)
+  of = lambda a: a.mean(axis=(-2, -1), keepdims=True)
+  scale = of(abs(value))
+  signs = np.where(value > of(value), 1, -1) if text == 'w1a8' else np.clip(
+      np.round(value / scale), -1, 1)
+  assert len(np.unique(signs)) == (2 if text == 'w1a8' else 3)
+  top = abs(x).max(axis=-1, keepdims=True) / 127
+  rounded = np.round(x / top) * top
+  np.testing.assert_allclose(w.unbox(), signs * scale, rtol=1e-6)
+  one = w if dims == 'io' else jax.tree.map(lambda a: a[1], w).remove_axis(0, {})
+  alone, value = (signs * scale).reshape(-1, ROWS, COLUMNS)[-1], value.reshape(
+      -1, ROWS, COLUMNS)[-1]
+  y, pull = jax.vjp(lambda w, x: w.einsum('bi,io->bo', x), one, jnp.asarray(x, jnp.float32))
+  dw, dx = pull(jnp.asarray(up, jnp.float32))
+  for got, want in ((y, rounded @ alone), (dw.base.value, rounded.T @ up), (dx, up @ alone.T)):
+    np.testing.assert_allclose(got, want, atol=2e-5)   # float32 sums of twelve terms of order 1
+  stored = rtn(one, text)
+  assert stored.codes().dtype == jnp.uint8 and stored.values.size < value.size
+  np.testing.assert_allclose(stored.einsum('bi,io->bo', jnp.asarray(x, jnp.float32)), y, atol=2e-5)
+
+
+@pytest.mark.parametrize('text', ['w1.58a8', 'w1a8'])
 def test_bitnet_from_scratch_beats_rounding_what_was_trained_in_float(text):
   """arXiv:2402.17764 and 2310.11453: the weights are of two or three values from the start."""
   trained, _ = train(MODULE, lean(fresh(), 'fake_quantize', spec=text), Same(), **SCHEDULE)
