@@ -25,6 +25,9 @@ _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 _HEADER = 100_000_000         # bytes; the format allows no more
 FLOATS = dict(F64=np.dtype('<f8'), F32=np.dtype('<f4'), F16=np.dtype('<f2'),
               BF16=np.dtype(ml_dtypes.bfloat16))
+DTYPES = FLOATS | dict(I64=np.dtype('<i8'), I32=np.dtype('<i4'), I16=np.dtype('<i2'),
+                       I8=np.dtype(np.int8), U8=np.dtype(np.uint8), BOOL=np.dtype(np.bool_),
+                       F8_E4M3=np.dtype(ml_dtypes.float8_e4m3fn))
 _BYTES = dict(F64=8, F32=4, F16=2, BF16=2, F8_E4M3=1, F8_E5M2=1, F8_E8M0=1, C64=8, I64=8, I32=4,
               I16=2, I8=1, U64=8, U32=4, U16=2, U8=1, BOOL=1)
 
@@ -50,8 +53,8 @@ class Tensor:
 
   @property
   def dtype(self):
-    """The NumPy dtype of a kind in `FLOATS`."""
-    return FLOATS[self.kind]
+    """The NumPy dtype of a kind in `DTYPES`."""
+    return DTYPES[self.kind]
 
   def read(self):
     """The whole array."""
