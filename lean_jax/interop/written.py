@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes  # noqa: F401, for NumPy to know bfloat16
 import numpy as np
 
 from lean_jax.errors import InputError
@@ -45,6 +44,7 @@ class Module:
     nested: whether scales are in few bits.
     transposed: whether a checkpoint of floats has it as [inputs outputs].
     format: the format's name, for errors.
+    scales: a function that gives the scales, of its first part, as they are stored.
   """
   name: str
   spec: QuantSpec
@@ -57,6 +57,7 @@ class Module:
   nested: bool
   transposed: bool
   format: str
+  scales: Callable[[], Any]
 
   def must(self, fits, what):
     """Raises InputError unless it fits what the format has: `what`."""
@@ -136,7 +137,13 @@ def _module(form, name, cut, params):
       name.removesuffix('.weight'), first.spec, first.matrix_rows,
       sum(w.sizes[-1] for w in weights), np.dtype(first.dtype), np.dtype(scale),
       None if first.zero is None else np.dtype(first.zero.dtype), first.order is not None,
-      isinstance(first.scale, Nested), stored.permute is None, form.NAME)
+      isinstance(first.scale, Nested), stored.permute is None, form.NAME,
+      functools.partial(_scales, first, cut[0]))
+
+
+def _scales(w, part):
+  at = (() if part.layer is None else (part.layer,)) + tuple(part.at)
+  return jax.tree.map(lambda x: np.asarray(x[at]), w.scale)
 
 
 def _joined(cut, params):
@@ -150,7 +157,7 @@ def _joined(cut, params):
                      'round them without act_order')
   if first.spec.tensor or first.input_scale is not None or isinstance(first.scale, Nested):
     raise InputError(f'{stored.name} is made of parts that are {first.spec}, each with scales of '
-                     'its own for all outputs; round them by channel or by group')
+                     'its own for all outputs; round them without -tensor, -static or -dq')
   whole = np.argsort(np.concatenate([
       rounded.columns(p.stored, sum(stored.sizes) * stored.repeats) for p in cut]))
   join = lambda *x: np.concatenate(x, axis=-1)[:, whole]
