@@ -1,8 +1,8 @@
 """Formats of rounded checkpoints, by the quant_method of config.json. A new one is a line here."""
 from lean_jax.errors import InputError
-from lean_jax.interop import bitsandbytes, compressed_tensors, gptq, packed
+from lean_jax.interop import awq, bitsandbytes, compressed_tensors, gptq, packed
 
-FORMATS = {form.NAME: form for form in (compressed_tensors, bitsandbytes, gptq)}
+FORMATS = {form.NAME: form for form in (compressed_tensors, bitsandbytes, gptq, awq)}
 _READERS = packed.READERS | {name: form.read for name, form in FORMATS.items()}
 
 

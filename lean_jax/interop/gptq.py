@@ -19,7 +19,7 @@ from lean_jax.errors import InputError
 from lean_jax.interop import bits, rounded
 from lean_jax.interop.rounded import Matrix, Rounded, chosen
 from lean_jax.interop.tensors import FLOATS
-from lean_jax.interop.written import Writer
+from lean_jax.interop.written import Writer, halves
 from lean_jax.quantization.spec import QuantSpec
 
 NAME = 'gptq'
@@ -139,17 +139,3 @@ def _encode(form, m, matrix):
   words = bits.words(zero - np.uint8(form == 'gptq'), spec.bits)
   return {'.qweight': bits.words(codes.T, spec.bits).T, '.qzeros': words,
           '.scales': halves(m, matrix.scale.astype(np.float32)), '.g_idx': groups}
-
-
-def halves(m, scale):
-  """Scales as float16, to the nearest.
-
-  Raises:
-    InputError: one is too large or too small to be.
-  """
-  with np.errstate(over='ignore'):
-    out = scale.astype(np.float16)
-  if not (np.isfinite(out).all() and out.all()):
-    raise InputError(f'{m.name} has scales from {scale.min():g} to {scale.max():g}, and {m.format} '
-                     "has float16; save with format='compressed-tensors' or 'lean'")
-  return out

@@ -172,3 +172,17 @@ def _one(w, part):
     return w
   return dataclasses.replace(jax.tree.map(lambda x: x[part.at], w), dims='io', axes=w.axes[-2:],
                              sizes=w.sizes[-2:])
+
+
+def halves(m, scale):
+  """Scales as float16, to the nearest.
+
+  Raises:
+    InputError: one is too large or too small to be.
+  """
+  with np.errstate(over='ignore'):
+    out = scale.astype(np.float16)
+  if not (np.isfinite(out).all() and out.all()):
+    raise InputError(f'{m.name} has scales from {scale.min():g} to {scale.max():g}, and {m.format} '
+                     "has float16; save with format='compressed-tensors' or 'lean'")
+  return out

@@ -1,4 +1,5 @@
 """Tiny models whose layers are rounded, and what their formats must keep."""
+import dataclasses
 import functools
 import warnings
 
@@ -38,6 +39,13 @@ def floats(family, **change):
 def model(family, scheme, **change):
   """The same, rounded."""
   return lean.quantize(floats(family, **change), scheme, where='layers/(attention|mlp|moe/exp).*')
+
+
+def exact(m):
+  """The model with scales that float16 has."""
+  one = lambda w: dataclasses.replace(w, scale=w.scale.astype(jnp.float16))
+  return dataclasses.replace(m, params=tree.transform(
+      m.params, [('layers/(att|mlp|moe/e).*', one)]))
 
 
 def specs(m):

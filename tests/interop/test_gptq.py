@@ -104,19 +104,12 @@ def in_order(m):
   return dataclasses.replace(m, params=m.params | dict(layers=m.params['layers'] | dict(mlp=mlp)))
 
 
-def exact(m):
-  """The model with scales that float16 has."""
-  one = lambda w: dataclasses.replace(w, scale=w.scale.astype(jnp.float16))
-  return dataclasses.replace(m, params=tree.transform(
-      m.params, [('layers/(att|mlp|moe/e).*', one)]))
-
-
 @pytest.mark.parametrize(('family', 'scheme', 'encoding', 'ordered'), [
     ('llama', 'w4a16-g32', None, True), ('llama', 'w3a16-g32-asym', 'gptq_v2', False),
     ('gpt2', 'w8a16-g32', None, False), ('phi3', 'w2a16-g32', 'gptq_v2', False),
     ('mixtral', 'w4a16', 'gptq', False)])
 def test_what_is_written_is_read(tmp_path, family, scheme, encoding, ordered):
-  m = exact(rounding.model(family, scheme))
+  m = rounding.exact(rounding.model(family, scheme))
   m = in_order(m) if ordered else m
   lean.save(m, tmp_path / 'a', format=NAME, encoding=encoding)
   said = json.loads((tmp_path / 'a' / 'config.json').read_text())['quantization_config']
@@ -135,7 +128,7 @@ def test_their_kernel_has_our_values(tmp_path, scheme, encoding, ordered):
   torch = pytest.importorskip('torch')
   from gptqmodel.nn_modules.qlinear.torch import TorchLinear
   from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
-  m = exact(rounding.model('llama', scheme))
+  m = rounding.exact(rounding.model('llama', scheme))
   m = in_order(m) if ordered else m
   lean.save(m, tmp_path / 'a', format=NAME, encoding=encoding)
   stored = safetensors.numpy.load_file(tmp_path / 'a' / 'model.safetensors')
@@ -166,7 +159,7 @@ def test_what_the_format_has_no_words_for_is_one_line(tmp_path, scheme, encoding
 
 
 def test_scales_and_zero_points_that_it_cannot_hold_are_told(tmp_path):
-  m = exact(rounding.model('llama', 'w4a16-g32-asym'))
+  m = rounding.exact(rounding.model('llama', 'w4a16-g32-asym'))
   change = lambda **kw: dataclasses.replace(m, params=tree.transform(m.params, [(
       'layers/(att|mlp).*', lambda w: dataclasses.replace(w, **{k: f(w) for k, f in kw.items()}))]))
   for bad, message in (
