@@ -72,6 +72,8 @@ def _parser():
            'lean-jax quantize DIR OUT --scheme w4a16-g64')
   p.add_argument('out', metavar='OUT', help='a new folder')
   p.add_argument('--scheme', required=True, help='w8a8, w8a16, w4a16-g64, w2a16-g64, ...')
+  p.add_argument('--format', default='lean',
+                 help='lean, or for other programs compressed-tensors, bitsandbytes, gptq, awq')
   p.add_argument('--where', default='(.*/)?layers/.*',
                  help='regular expression on names (%(default)s)')
   p.add_argument('--json', action='store_true')
@@ -169,9 +171,11 @@ def _quantize(arguments, _):
   from lean_jax.files import occupied
   if occupied(pathlib.Path(arguments.out)):            # before the work
     raise InputError(f'{arguments.out} is there already; name another folder')
+  if arguments.format not in api.FORMATS:
+    raise InputError(f'no format {arguments.format!r}; there are: {", ".join(api.FORMATS)}')
   model = api.load(arguments.folder)
   lean = api.quantize(model, arguments.scheme, where=arguments.where)
-  api.save(lean, arguments.out)
+  api.save(lean, arguments.out, format=arguments.format)
   found = dict(scheme=arguments.scheme, bytes_before=tree.nbytes(model.params),
                bytes_after=tree.nbytes(lean.params))
   print(json.dumps(found) if arguments.json else

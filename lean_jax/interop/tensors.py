@@ -23,6 +23,7 @@ RUN = 1 << 16                 # bytes; what lies between shorter runs is read to
 
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 _HEADER = 100_000_000         # bytes; the format allows no more
+_AXES = 64                    # NumPy has no more
 FLOATS = dict(F64=np.dtype('<f8'), F32=np.dtype('<f4'), F16=np.dtype('<f2'),
               BF16=np.dtype(ml_dtypes.bfloat16))
 DTYPES = FLOATS | dict(I64=np.dtype('<i8'), I32=np.dtype('<i4'), I16=np.dtype('<i2'),
@@ -241,6 +242,8 @@ def _span(path, name, entry):
           and len(span) == 2 and span[0] <= span[1]):
     raise _damaged(path, f'its header has no dtype, shape and data_offsets of {name}')
   start, stop = span
+  if len(entry['shape']) > _AXES or math.prod(n or 1 for n in entry['shape']) >= 1 << 59:
+    raise _damaged(path, f'{name} has a shape that no array can have')
   wanted = math.prod(entry['shape']) * _BYTES.get(entry['dtype'], 0)
   if entry['dtype'] in _BYTES and stop - start != wanted:
     raise _damaged(path, f'{name} has {stop - start} bytes, its dtype and shape say {wanted}')
@@ -256,6 +259,7 @@ def _unique(pairs):
 
 
 def _damaged(path, what):
+  what = ' '.join(what.split())[:400]                  # names in a header can be anything
   return InputError(f'{str(path)!r} cannot be read ({what}); download it again')
 
 
