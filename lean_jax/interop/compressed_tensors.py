@@ -20,7 +20,7 @@ import numpy as np
 
 from lean_jax.errors import InputError
 from lean_jax.interop import bits, rounded
-from lean_jax.interop.rounded import Matrix, Rounded, chosen
+from lean_jax.interop.rounded import Matrix, Rounded, chosen, section
 from lean_jax.interop.tensors import FLOATS
 from lean_jax.interop.written import Writer
 from lean_jax.quantization.spec import QuantSpec
@@ -37,13 +37,13 @@ def read(found, how):
   Raises:
     InputError: a scheme that is not computed here, or tensors that do not fit it.
   """
-  if how.get('kv_cache_scheme') or how.get('sparsity_config', {}).get('format', 'dense') != 'dense':
+  if how.get('kv_cache_scheme') or section(how, 'sparsity_config').get(
+      'format', 'dense') != 'dense':
     raise InputError('quantization_config rounds keys and values, or leaves out zeros '
                      '(kv_cache_scheme, sparsity_config), which lean_jax does not read; give a '
                      'checkpoint without')
-  groups, out = how.get('config_groups'), dict(found)
-  if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
-    raise InputError('quantization_config has no config_groups; download config.json again')
+  groups, out = section(how, 'config_groups'), dict(found)
+  groups = [(_targets(section(groups, k)), groups[k]) for k in groups if groups[k]]
   for module in rounded.modules(found, '.weight_scale'):
     group = _group_of(module, groups)
     packed = f'{module}.weight_packed' in found
@@ -51,27 +51,46 @@ def read(found, how):
   return out
 
 
+def _targets(group):
+  """Patterns of the names of a group's modules, and whether it has all that are left.
+
+  Raises:
+    InputError: its targets are no names and no regular expressions.
+  """
+  found = group.get('targets')
+  if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
+    raise InputError(f'quantization_config has targets = {found!r:.80}, expected names; download '
+                     'config.json again')
+  try:
+    named = [re.compile(t[3:] if t.startswith('re:') else rf'(.*\.)?{re.escape(t)}$')
+             for t in found]
+  except re.error as error:
+    raise InputError(f'quantization_config has targets = {found!r:.80} ({error}); download '
+                     'config.json again') from error
+  return named, 'Linear' in found or 'Embedding' in found
+
+
 def _group_of(module, groups):
   """The config group that a module is of: by its name first, then by its class."""
-  for named in (True, False):
-    for group in groups.values():
-      for target in group.get('targets') or ():
-        if named and (re.match(target[3:], module) if target.startswith('re:')
-                      else module == target or module.endswith(f'.{target}')):
-          return group
-        if not named and target in ('Linear', 'Embedding'):
-          return group
+  for (named, _), group in groups:
+    if any(p.match(module) for p in named):
+      return group
+  for (_, rest), group in groups:
+    if rest:
+      return group
   raise InputError(f'{module} is rounded, and no config group of quantization_config has it as a '
                    'target; download config.json again')
 
 
 def _spec(group, module, inputs):
   """The QuantSpec of a config group."""
-  w, x = group.get('weights') or {}, group.get('input_activations')
+  w, x = section(group, 'weights'), section(group, 'input_activations')
   chosen(w, 'type', ('int',), 'int')
   width = chosen(w, 'num_bits', _BITS, 8)
-  strategy = chosen(w, 'strategy', ('tensor', 'channel', 'group'), {
-      None: 'tensor', -1: 'channel'}.get(w.get('group_size'), 'group'))
+  size = w.get('group_size')
+  strategy = chosen(w | dict(strategy=w.get('strategy') or (
+      'tensor' if size is None else 'channel' if size == -1 else 'group')), 'strategy',
+                    ('tensor', 'channel', 'group'))
   size = rounded.group_of(w, inputs) if strategy == 'group' else None
   symmetric, static = w.get('symmetric', True) is True, False
   if group.get('output_activations'):

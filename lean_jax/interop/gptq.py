@@ -38,7 +38,7 @@ def read(found, how):
   width, out = chosen(how, 'bits', _BITS), dict(found)
   key = 'checkpoint_format' if how.get('checkpoint_format') else 'format'
   form = chosen(how, key, ENCODINGS, ENCODINGS[0])
-  other = [k for k in how.get('dynamic') or () if not k.startswith('-:')]
+  other = [k for k in rounded.section(how, 'dynamic') if not k.startswith('-:')]
   if other:
     raise InputError(f'quantization_config has schemes of single modules (dynamic: {other[0]!r}), '
                      'which lean_jax does not read; give a checkpoint with one scheme')

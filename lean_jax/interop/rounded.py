@@ -241,7 +241,20 @@ def chosen(how, key, allowed, default=None):
   if value not in allowed:
     raise InputError(f'quantization_config has {key} = {value!r}, and lean_jax reads '
                      f'{", ".join(map(repr, allowed))}; give a checkpoint with one of these')
-  return value
+  return next(a for a in allowed if a == value)        # 8, where it is 8.0
+
+
+def section(how, key):
+  """An object in quantization_config, {} where it is absent or null.
+
+  Raises:
+    InputError: it is something else.
+  """
+  value = how.get(key)
+  if value is not None and not isinstance(value, dict):
+    raise InputError(f'quantization_config has {key} = {value!r:.80}, expected an object; download '
+                     'config.json again')
+  return value or {}
 
 
 def group_of(how, inputs=None):

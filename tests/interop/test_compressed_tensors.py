@@ -120,7 +120,10 @@ FOUR = dict(num_bits=4, strategy='group', group_size=4)
     (how(**FOUR | dict(type='float')), {}, "type = 'float'"),
     (how(dict(num_bits=8, dynamic=True, strategy='token', symmetric=False), **FOUR), {},
      'input_activations'),
-    (how(**FOUR) | dict(config_groups=None), {}, 'no config_groups'),
+    (how(**FOUR) | dict(config_groups=None), {}, 'no config group'),
+    (how(**FOUR) | dict(config_groups=[1]), {}, r'config_groups = \[1\], expected an object'),
+    (how(**FOUR) | dict(config_groups=dict(a=dict(targets='q'))), {}, "targets = 'q'"),
+    (how(**FOUR) | dict(config_groups=dict(a=dict(targets=['re:(']))), {}, 'unterminated'),
     (how(**FOUR) | dict(kv_cache_scheme=dict(num_bits=8)), {}, 'kv_cache_scheme'),
     (dict(quant_method='hqq'), {}, "quant_method 'hqq', .* it reads: mxfp4, fp8, compressed-tens"),
 ])
