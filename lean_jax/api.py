@@ -127,7 +127,8 @@ def load(folder, *, dtype: str | None = None, scan_layers: bool | None = None,
   Args:
     folder: a path; or 'organization/name', a model of the Hugging Face hub, '@revision' after it if
       not its main one: from the hub's cache, or fetched; or a GGUF file, or a folder with one and
-      no config.json, of a Llama, Mistral or Qwen2: what it rounds stays rounded.
+      no config.json, of a Llama, Mistral or Qwen2. What a GGUF file or a format of
+      `interop.formats` rounds stays rounded.
     dtype: of a checkpoint's parameters and activations: 'float32' (None), 'bfloat16'
       or 'float16'. A saved model keeps its own, and refuses another.
     scan_layers: whether layers of one kind are stacked, which compiles one for all, or each is

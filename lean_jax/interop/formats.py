@@ -1,6 +1,7 @@
 """Formats of rounded checkpoints, by the quant_method of config.json. A new one is a line here."""
 from lean_jax.errors import InputError
 from lean_jax.interop import awq, bitsandbytes, compressed_tensors, gptq, packed
+from lean_jax.interop.rounded import Rounded
 
 FORMATS = {form.NAME: form for form in (compressed_tensors, bitsandbytes, gptq, awq)}
 _READERS = packed.READERS | {name: form.read for name, form in FORMATS.items()}
@@ -41,4 +42,8 @@ def opened(found, hf):
     InputError: parts are missing or do not go together, or the format rounds as we do not.
   """
   kind = method(hf)
-  return found if kind is None else _READERS[kind](found, hf['quantization_config'])
+  out = found if kind is None else _READERS[kind](found, hf['quantization_config'])
+  if kind in FORMATS and not any(isinstance(t, Rounded) for t in out.values()):
+    raise InputError(f'config.json has a quantization_config with quant_method {kind!r}, and no '
+                     'tensor of the checkpoint is stored so; give the files of one model')
+  return out

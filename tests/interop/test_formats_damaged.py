@@ -41,8 +41,9 @@ X = dict(num_bits=8, type='int', symmetric=True, dynamic=False, strategy='tensor
 GOOD = {
     'packed': (dict(
         quant_method='compressed-tensors', sparsity_config=dict(format='dense'),
-        config_groups=dict(g=dict(targets=['Linear', 're:.*q'], input_activations=None, weights=dict(
-            num_bits=4, type='int', strategy='group', group_size=4, symmetric=False)))),
+        config_groups=dict(g=dict(
+            targets=['Linear', 're:.*q'], input_activations=None, weights=dict(
+                num_bits=4, type='int', strategy='group', group_size=4, symmetric=False)))),
         {'.weight_packed': zeros(12, 1), '.weight_shape': np.array([12, 8]),
          '.weight_scale': ones(12, 2), '.weight_zero_point': zeros(2, 2)}),
     'static': (dict(quant_method='compressed-tensors', config_groups=dict(g=dict(
