@@ -81,6 +81,17 @@ def test_what_is_written_is_read_here_and_there(tmp_path, family, scheme):
   np.testing.assert_array_equal(dequantize_gemm(*parts, 4, 32).numpy(), ours.astype(np.float16))
 
 
+def test_transformers_computes_what_we_do(tmp_path):
+  pytest.importorskip('gptqmodel')
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  m = rounding.exact(rounding.model('llama', 'w4a16-g32-asym'))
+  lean.save(m, tmp_path / 'a', format=NAME)
+  theirs = rounding.their_logits(tmp_path / 'a', dtype=torch.float16, quantization_config=(
+      transformers.AwqConfig(bits=4, backend='torch_awq')))
+  ours = np.asarray(m.logits(rounding.IDS))
+  assert np.abs(ours - theirs).max() < 3e-3 * np.abs(ours).max()             # theirs is float16
+
+
 @pytest.mark.parametrize(('family', 'scheme', 'message'), [
     ('llama', 'w8a16-g32', 'integers of 4 bits'), ('gpt2', 'w4a16-g32', 'Conv1D')])
 def test_what_the_format_has_no_words_for_is_one_line(tmp_path, family, scheme, message):

@@ -149,6 +149,20 @@ def test_their_kernel_has_our_values(tmp_path, scheme, encoding, ordered):
                                 np.asarray(w.unbox()[1]).astype(np.float16))
 
 
+def test_transformers_computes_what_we_do(tmp_path, monkeypatch):
+  pytest.importorskip('gptqmodel')
+  pytest.importorskip('optimum')
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+  monkeypatch.setattr(TorchLinear, 'optimize', lambda *args, **kw: None)     # compiles for minutes
+  m = rounding.exact(rounding.model('llama', 'w4a16-g32'))
+  lean.save(m, tmp_path / 'a', format=NAME)
+  theirs = rounding.their_logits(tmp_path / 'a', dtype=torch.float16, quantization_config=(
+      transformers.GPTQConfig(bits=4, backend='gptq_torch')))
+  ours = np.asarray(m.logits(rounding.IDS))
+  assert np.abs(ours - theirs).max() < 3e-3 * np.abs(ours).max()             # theirs is float16
+
+
 @pytest.mark.parametrize(('scheme', 'encoding', 'message'), [
     ('w8a8', None, 'activations as they are'), ('w6a16-g32', None, '2, 3, 4 or 8 bits'),
     ('w4a16-g32', 'marlin', "encoding 'marlin' of format 'gptq'; it has: gptq, gptq_v2")])
