@@ -119,11 +119,9 @@ def _rounded(out, module, group, packed):
     raise InputError(f'the checkpoint lacks {module}{key}, or it is no matrix; download it again')
   O, I = tensor.shape
   if packed:
-    if f'{module}.weight_shape' not in out or out[f'{module}.weight_shape'].kind not in (
-        'I64', 'I32'):
-      raise InputError(f'the checkpoint lacks {module}.weight_shape; download it again')
-    shape = out.pop(f'{module}.weight_shape').read().tolist()
-    if len(shape) != 2 or shape[0] != O or not 0 < shape[1] <= 16 * I:
+    wanted = {'.weight_shape': (('I64', 'I32'), (2,))}
+    shape = rounded.taken(out, module, wanted)['.weight_shape'].read().tolist()
+    if shape[0] != O or not 0 < shape[1] <= 16 * I:
       raise InputError(f'{module}.weight_shape is {shape}, and {module}{key} {tensor.shape}; '
                        'download it again')
     I = shape[1]

@@ -89,6 +89,7 @@ def changed(array, rng):
   """Another array instead of one."""
   return rng.choice([
       lambda: array[..., :-1] if array.ndim else array[None], lambda: array[None],
+      lambda: array.reshape(-1)[:1].reshape(()),
       lambda: array.astype(rng.choice(OTHER)), lambda: np.zeros((0,) * array.ndim, array.dtype),
       lambda: np.full_like(array, rng.choice([0, 7, 100]))])()
 
