@@ -37,8 +37,8 @@ _API = ('Model', 'allocate_bits', 'attach_lora', 'distill', 'evaluate', 'generat
         'merge_lora', 'quantize', 'requantize', 'rotate', 'save', 'scan_layers', 'train')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach_lora',
-           'audit', 'distill', 'evaluate', 'generate', 'load', 'merge_lora', 'quantize', 'requantize',
-           'rotate', 'save', 'scan_layers', 'train']
+           'audit', 'distill', 'evaluate', 'generate', 'load', 'merge_lora', 'quantize',
+           'requantize', 'rotate', 'save', 'scan_layers', 'train']
 
 
 def __getattr__(name):

@@ -22,7 +22,7 @@ from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.files import occupied, replace_folder
 from lean_jax.generation.caches import with_cache
 from lean_jax.generation.text import generate
-from lean_jax.interop import gguf, gguf_write, hf, sentence, tensors
+from lean_jax.interop import formats, gguf, gguf_write, hf, sentence, tensors
 from lean_jax.interop.hub import local_folder
 from lean_jax.models.families import Family, family_of
 from lean_jax.models.segments import configured, converted
@@ -33,7 +33,7 @@ from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
 
-FORMATS = ('lean', 'hf', 'gguf')
+FORMATS = ('lean', 'hf', 'gguf', *formats.FORMATS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,11 +127,13 @@ def load(folder, *, dtype: str | None = None, scan_layers: bool | None = None,
   Args:
     folder: a path; or 'organization/name', a model of the Hugging Face hub, '@revision' after it if
       not its main one: from the hub's cache, or fetched; or a GGUF file, or a folder with one and
-      no config.json, of a Llama, Mistral or Qwen2: what it rounds stays rounded.
+      no config.json, of a Llama, Mistral or Qwen2. What a GGUF file or a format of
+      `interop.formats` rounds stays rounded.
     dtype: of a checkpoint's parameters and activations: 'float32' (None), 'bfloat16'
       or 'float16'. A saved model keeps its own, and refuses another.
     scan_layers: whether layers of one kind are stacked, which compiles one for all, or each is
-      written out; None stacks those of a checkpoint and leaves a saved model's as they are.
+      written out; None stacks those of a checkpoint, if they are rounded alike, and leaves a saved
+      model's as they are.
     mesh: of `training.mesh.make_mesh`: each device reads and holds its part of each array. None is
       one device.
 
@@ -160,7 +162,7 @@ def load(folder, *, dtype: str | None = None, scan_layers: bool | None = None,
       config, params = converted(config, params, scan_layers)
   else:
     family, config, params, hf_config = hf.load_hf(
-        folder, dtype=dtype, scan_layers=scan_layers is not False, shardings=shardings)
+        folder, dtype=dtype, scan_layers=scan_layers, shardings=shardings)
   config = configured(config, pooling=sentence.pooling(folder))
   tokenizer = load_tokenizer(folder)
   if tokenizer.size > config.vocabulary:
@@ -182,12 +184,14 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
 
   Args:
     format: 'lean' keeps every weight as it is, with a digest of each that `load` verifies; 'hf'
-      writes the dense value of each, in its dtype, which `transformers` loads; 'gguf' writes a
-      Llama, Mistral or Qwen2 with its tokenizer to a file, which llama.cpp loads.
+      writes the dense value of each, in its dtype, which `transformers` loads; the formats of
+      `interop.formats` ('compressed-tensors', ...) write rounded weights as these have them, which
+      it loads too; 'gguf' writes a Llama, Mistral or Qwen2 with its tokenizer to a file, which
+      llama.cpp loads.
     overwrite: whether the folder or file may exist; the old one is replaced in the end.
     extra: {file name: text} to go with it.
-    max_shard_size: of a file of format 'hf', in bytes or like '300MB'; a larger model is in several
-      files, with an index.
+    max_shard_size: of a safetensors file for `transformers`, in bytes or like '300MB'; a larger
+      model is in several files, with an index.
     encoding: of the matrices of format 'gguf': 'F16' (None), 'F32', 'Q8_0', 'Q4_0', 'Q4_1',
       'Q5_0', 'Q5_1', 'MXFP4', 'Q4_K' or 'Q6_K'.
 
@@ -203,20 +207,23 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
     gguf_write.save_gguf(folder, model.family, model.config, model.params, model.tokenizer,
                          encoding=encoding or 'F16', overwrite=overwrite)
     return
-  if encoding is not None:
-    raise InputError(f"encoding {encoding!r} of format {format!r}; it is of format 'gguf'")
+  form = formats.FORMATS.get(format)
+  if encoding is not None and encoding not in getattr(form, 'ENCODINGS', ()):
+    raise InputError(f'encoding {encoding!r} of format {format!r}; it has: '
+                     f'{", ".join(getattr(form, "ENCODINGS", ())) or "none"}')
+
   def rest(new):
     model.tokenizer.save(new, types=getattr(model.config, 'token_types', 0) > 1)
     sentence.write(new, model.config)
     for name, text in (extra or {}).items():
       pathlib.Path(new, name).write_text(text, encoding='utf-8')
 
-  if format == 'hf':
+  if format == 'hf' or form is not None:
     if overwrite and occupied(folder) and not pathlib.Path(folder, 'config.json').exists():
       raise InputError(f'{folder} holds no model, so it is not overwritten; name another')
     with replace_folder(folder, overwrite=overwrite) as new:
       hf.save_hf(new, model.family, model.config, model.params, model.hf_config,
-                 max_shard_size=max_shard_size)
+                 max_shard_size=max_shard_size, form=form, encoding=encoding)
       rest(new)
     return
 

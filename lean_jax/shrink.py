@@ -28,7 +28,8 @@ def add_arguments(parser):
   flag('--window', type=int, help="tokens a window (the model's context, at most 512)")
   flag('--data', metavar='F', help='text for the perplexity before and after')
   flag('--field', default='text', help="the text's key in JSON (%(default)s)")
-  flag('--format', default='lean', help='of OUT (%(default)s; lean-jax info reads all)')
+  flag('--format', default='lean', help='of OUT: lean, hf, gguf, or for other programs '
+       'compressed-tensors, bitsandbytes, gptq, awq (%(default)s)')
   flag('--json', action='store_true')
 
 
@@ -41,13 +42,15 @@ def run(arguments, console):
   Raises:
     InputError: OUT is there, or as of `lean.quantize`.
   """
-  from lean_jax import tree
+  from lean_jax import api, tree
   from lean_jax.calibration import quantize as methods
   from lean_jax.files import occupied
   from lean_jax.report.progress import Bars
   a, out = arguments, pathlib.Path(arguments.out)
   if occupied(out):                                    # before the work
     raise InputError(f'{out} is there already; name another')
+  if a.format not in api.FORMATS:
+    raise InputError(f'no format {a.format!r}; there are: {", ".join(api.FORMATS)}')
   model, bars = lean.load(a.folder), Bars()
   rows, kept = [], out.with_name(f'.{out.name}.layers')
   settings = dict(setting(text) for text in a.set)

@@ -10,9 +10,10 @@ from flax.core import meta
 
 from lean_jax import tree
 from lean_jax.errors import InputError
-from lean_jax.interop import packed, shards, tensors
+from lean_jax.interop import formats, rounded, shards, tensors
 from lean_jax.interop.names import check, copies, differs, pieces, place, unprefixed, written
 from lean_jax.interop.streaming import filled
+from lean_jax.interop.written import in_format
 from lean_jax.models.families import family_of
 from lean_jax.models.segments import configured
 
@@ -21,17 +22,20 @@ _TOKENS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 _FORCED = ('forced_bos_token_id', 'forced_eos_token_id')
 
 
-def load_hf(folder, *, dtype=None, scan_layers=True, shardings=None):
+def load_hf(folder, *, dtype=None, scan_layers=None, shardings=None):
   """Reads a model, a block of a tensor at a time, each array to where it will live.
 
-  Warns of tensors with a NaN or an infinity.
+  What a format of `formats` has rounded is a Quantized weight of the same codes and scales. Warns
+  of tensors with a NaN or an infinity.
 
   Args:
     folder: has config.json and model.safetensors, or the files of model.safetensors.index.json.
     dtype: of parameters, activations and products; None is 'float32'.
-    scan_layers: whether layers of one kind are stacked.
+    scan_layers: whether layers of one kind are stacked; None stacks them where all are rounded
+      alike.
     shardings: one for all arrays, a tree of them, or a function from the tree of
-      ShapeDtypeStructs to such a tree; JAX's default device if None.
+      ShapeDtypeStructs (of a rounded weight, from its arrays) to such a tree; JAX's default device
+      if None.
 
   Returns:
     (family, config, params, config.json as a dict); params are for `config.module`.
@@ -47,12 +51,20 @@ def load_hf(folder, *, dtype=None, scan_layers=True, shardings=None):
     raise InputError(f'{str(folder)!r} is no folder; give the folder of a Hugging Face model')
   hf = read_config(folder)
   family = family_of(hf)
-  config = configured(family.from_hf(packed.floats(hf)), dtype=dtype, scan_layers=scan_layers)
+  config = configured(family.from_hf(formats.floats(hf)), dtype=dtype)
   with contextlib.ExitStack() as stack:
-    stored = unprefixed(packed.unpacked(tensors.opened(folder, stack), hf), family)
+    stored = unprefixed(formats.opened(tensors.opened(folder, stack), hf), family)
+    mixed = rounded.mixed(stored)
+    if mixed and scan_layers:
+      raise InputError(f'{str(folder)!r} has layers that are not rounded alike '
+                       f'({tensors.listed(mixed)}), which cannot be stacked; load it with '
+                       'scan_layers=False, or None')
+    scan_layers = not mixed if scan_layers is None else scan_layers
+    config = configured(config, scan_layers=scan_layers)
     with tensors.readable(folder):
       config = settled(family, config, stored)
       like = abstract(config)
+      stored = rounded.oriented(family, config, shapes(like), stored)
       check(folder, family, config, shapes(like), stored)
       params, odd = read(family, config, like, stored, dtype, shardings)
   if odd:
@@ -74,6 +86,9 @@ def read(family, config, like, stored, dtype, shardings):
     key, layers = place(config, tree.name(path))
     shape = meta.unbox(leaf).shape
     made_of = [(stored.get(name), at) for name, at in pieces(names[key], layers, shape)]
+    if any(isinstance(tensor, rounded.Rounded) for tensor, _ in made_of):
+      value = rounded.weight(tree.name(path), leaf, names[key], made_of, dtype, odd)
+      return jax.device_put(value, shardings(value) if callable(shardings) else sharding)
     value = filled(shape, names[key].dtype or dtype, sharding, names[key], made_of, odd)
     return leaf.replace_boxed(value) if tree.is_weight(leaf) else value
   return structure.unflatten([one(*leaf, to) for leaf, to in zip(found, where)]), odd
@@ -97,7 +112,8 @@ def settled(family, config, stored):
   return configured(config, tied=False) if own else config
 
 
-def save_hf(folder, family, config, params, hf_config=None, *, max_shard_size='5GB'):
+def save_hf(folder, family, config, params, hf_config=None, *, max_shard_size='5GB', form=None,
+            encoding=None):
   """Writes config.json and safetensors, with the dense value of each weight in its dtype.
 
   One tensor after the other: there is never a second copy of the model.
@@ -109,10 +125,11 @@ def save_hf(folder, family, config, params, hf_config=None, *, max_shard_size='5
     hf_config: where the ids of special tokens are taken from; None writes none.
     max_shard_size: of a file, in bytes or like '300MB'; a larger model is in several files, with
       an index.
+    form, encoding: of `formats`, how rounded weights are stored; None writes their dense values.
 
   Raises:
-    InputError: params are not those of the config or are spread over several hosts, or the folder
-      cannot be written.
+    InputError: params are not those of the config or are spread over several hosts, the format has
+      no words for them, or the folder cannot be written.
   """
   folder = pathlib.Path(folder)
   odd = misfits(config, params)
@@ -124,20 +141,27 @@ def save_hf(folder, family, config, params, hf_config=None, *, max_shard_size='5
   if far:
     raise InputError(f'{far[0]} is spread over several hosts; save it from a single host')
   wanted, value = written(family, config, dict(leaves(params)))
+  dtype, how = jnp.result_type(*{d for shape, d in wanted.values() if len(shape) > 1}), None
+  if form is not None:
+    wanted, value, how = in_format(form, encoding, family, config, dict(leaves(params)), wanted,
+                                   value)
   try:
     shards.write(folder, wanted, value, shards.nbytes(max_shard_size))
-    write_config(folder, family, config, hf_config,
-                 jnp.result_type(*{dtype for shape, dtype in wanted.values() if len(shape) > 1}))
+    write_config(folder, family, config, hf_config, dtype, how)
   except OSError as error:
     raise InputError(f'cannot write in {str(folder)!r} ({error}); free space or give another '
                      'folder') from error
 
 
-def write_config(folder, family, config, hf_config=None, dtype='float32'):
-  """Writes config.json: of the config, and the ids of special tokens in `hf_config`."""
+def write_config(folder, family, config, hf_config=None, dtype='float32', quantization=None):
+  """Writes config.json: of the config, the ids of special tokens in `hf_config`, and the
+  quantization_config, if there is one.
+  """
   tokens = {k: (hf_config or {}).get(k) for k in _TOKENS}
   hf = tokens | family.to_hf(config)
-  text = json.dumps(hf | dict(torch_dtype=str(dtype)), indent=2)
+  hf |= dict(torch_dtype=str(dtype))
+  hf |= {} if quantization is None else dict(quantization_config=quantization)
+  text = json.dumps(hf, indent=2)
   pathlib.Path(folder, 'config.json').write_text(text + '\n', encoding='utf-8')
 
 

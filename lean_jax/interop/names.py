@@ -114,6 +114,20 @@ class Part(NamedTuple):
   order: int
 
 
+def gathered(family, config, params):
+  """{tensor: {its index among the parts of the tensor: Part}}. Args as of `written`."""
+  names, parts = family.names(config), {}
+  for path, leaf in params.items():
+    key, layers = place(config, path)
+    stored, stacked = names[key], isinstance(layers, tuple)
+    for name, at in pieces(stored, layers, leaf.shape):
+      number = layers[at[0]] if stacked else -1 if layers is None else layers
+      parts.setdefault(name, {})[stored.index] = (
+          Part(stored, path, at[0], at[1:], number) if stacked else
+          Part(stored, path, None, at, number))
+  return parts
+
+
 def written(family, config, params):
   """What a checkpoint has of params.
 
@@ -124,15 +138,7 @@ def written(family, config, params):
     {tensor: (shape, dtype)}, layer after layer; and the function from the name of a tensor to its
     value, which keeps no more than a few arrays of one layer.
   """
-  names, parts = family.names(config), {}
-  for path, leaf in params.items():
-    key, layers = place(config, path)
-    stored, stacked = names[key], isinstance(layers, tuple)
-    for name, at in pieces(stored, layers, leaf.shape):
-      number = layers[at[0]] if stacked else -1 if layers is None else layers
-      parts.setdefault(name, {})[stored.index] = (
-          Part(stored, path, at[0], at[1:], number) if stacked else
-          Part(stored, path, None, at, number))
+  parts = gathered(family, config, params)
   dense = {path: jax.eval_shape(meta.unbox, leaf) for path, leaf in params.items()}
 
   def about(cut):

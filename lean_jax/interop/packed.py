@@ -6,9 +6,7 @@ for each square of them. Nothing else is rounded: activations are as in any othe
 """
 import dataclasses
 import functools
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lean_jax.errors import InputError
@@ -20,44 +18,13 @@ _NIBBLES = np.array([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], np.float32)
 _PAIRS = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=1)    # of a byte, [256 2]
 _BIAS = 127                   # of the exponents of mxfp4's scales
 _GROUP = 32                   # values to a scale of mxfp4
-_RAW = FLOATS | dict(U8=np.dtype(np.uint8), F8_E4M3=np.dtype(ml_dtypes.float8_e4m3fn))
-
-
-def floats(hf):
-  """config.json as of a checkpoint that has the floats; another way to pack them stays in it."""
-  return hf if _kind(hf) is None else {k: v for k, v in hf.items() if k != 'quantization_config'}
-
-
-def unpacked(found, hf):
-  """{name: Tensor} of a checkpoint that has the floats, of that of one with this config.json.
-
-  Raises:
-    InputError: parts are missing or do not go together.
-  """
-  kind = _kind(hf)
-  return found if kind is None else _KINDS[kind](found, hf['quantization_config'])
-
-
-def _kind(hf):
-  how = hf.get('quantization_config')
-  kind = how.get('quant_method') if isinstance(how, dict) else None
-  return kind if kind in _KINDS else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Raw(Tensor):
-  """A tensor of which bytes are read too."""
-
-  @property
-  def dtype(self):
-    return _RAW[self.kind]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Packed:
   """What a Tensor is to its readers, of values and their scales."""
-  values: _Raw
-  scales: _Raw
+  values: Tensor
+  scales: Tensor
   name: str
   shape: tuple[int, ...]
 
@@ -149,7 +116,7 @@ def _fp8(found, how):
 
 
 def _both(found, values, scales, *kinds):
-  """Takes values and scales out of `found`, as `_Raw`."""
+  """Takes values and scales out of `found`."""
   lost = [n for n in (values, scales) if n not in found]
   if lost:
     raise InputError(f'the checkpoint lacks {listed(lost)}; download it again')
@@ -158,7 +125,8 @@ def _both(found, values, scales, *kinds):
     if tensor.kind not in allowed:
       raise InputError(f'{tensor.name} is {tensor.kind}, expected {" or ".join(allowed)}; '
                        'download it again')
-  return [_Raw(**vars(t)) for t in tensors]
+  return tensors
 
 
-_KINDS: dict[Any, Any] = dict(mxfp4=_mxfp4, fp8=_fp8)
+# quant_method: the function from {name: Tensor} and quantization_config to Tensors of floats.
+READERS = dict(mxfp4=_mxfp4, fp8=_fp8)

@@ -6,9 +6,9 @@ import re
 import numpy as np
 
 from lean_jax.errors import InputError
-from lean_jax.interop.tensors import FLOATS
+from lean_jax.interop.tensors import DTYPES
 
-_KINDS = {dtype: kind for kind, dtype in FLOATS.items()}
+_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _UNITS = dict(KB=10 ** 3, MB=10 ** 6, GB=10 ** 9, TB=10 ** 12)
 
 

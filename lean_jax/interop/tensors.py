@@ -23,8 +23,12 @@ RUN = 1 << 16                 # bytes; what lies between shorter runs is read to
 
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 _HEADER = 100_000_000         # bytes; the format allows no more
+_AXES = 64                    # NumPy has no more
 FLOATS = dict(F64=np.dtype('<f8'), F32=np.dtype('<f4'), F16=np.dtype('<f2'),
               BF16=np.dtype(ml_dtypes.bfloat16))
+DTYPES = FLOATS | dict(I64=np.dtype('<i8'), I32=np.dtype('<i4'), I16=np.dtype('<i2'),
+                       I8=np.dtype(np.int8), U8=np.dtype(np.uint8), BOOL=np.dtype(np.bool_),
+                       F8_E4M3=np.dtype(ml_dtypes.float8_e4m3fn))
 _BYTES = dict(F64=8, F32=4, F16=2, BF16=2, F8_E4M3=1, F8_E5M2=1, F8_E8M0=1, C64=8, I64=8, I32=4,
               I16=2, I8=1, U64=8, U32=4, U16=2, U8=1, BOOL=1)
 
@@ -50,8 +54,8 @@ class Tensor:
 
   @property
   def dtype(self):
-    """The NumPy dtype of a kind in `FLOATS`."""
-    return FLOATS[self.kind]
+    """The NumPy dtype of a kind in `DTYPES`."""
+    return DTYPES[self.kind]
 
   def read(self):
     """The whole array."""
@@ -238,6 +242,8 @@ def _span(path, name, entry):
           and len(span) == 2 and span[0] <= span[1]):
     raise _damaged(path, f'its header has no dtype, shape and data_offsets of {name}')
   start, stop = span
+  if len(entry['shape']) > _AXES or math.prod(n or 1 for n in entry['shape']) >= 1 << 59:
+    raise _damaged(path, f'{name} has a shape that no array can have')
   wanted = math.prod(entry['shape']) * _BYTES.get(entry['dtype'], 0)
   if entry['dtype'] in _BYTES and stop - start != wanted:
     raise _damaged(path, f'{name} has {stop - start} bytes, its dtype and shape say {wanted}')
@@ -253,6 +259,7 @@ def _unique(pairs):
 
 
 def _damaged(path, what):
+  what = ' '.join(what.split())[:400]                  # names in a header can be anything
   return InputError(f'{str(path)!r} cannot be read ({what}); download it again')
 
 

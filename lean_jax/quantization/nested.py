@@ -74,11 +74,16 @@ def nested(scale):
 def dynamic_numbers():
   """[256] float32, in order: seven decades of each sign, twice as many numbers in each higher one.
 
-  Dettmers et al. 2021 (arXiv:2110.02861), section 2.1: the middles of equal parts of [.1, 1].
+  Dettmers et al. 2021 (arXiv:2110.02861), section 2.1: the middles of equal parts of [.1, 1]. To
+  the bit bitsandbytes' own: bounds are float32, counted from the nearer end.
   """
   values = [0., 1.]
   for decade in range(7):
-    bounds = np.linspace(.1, 1., 2 ** decade + 1, dtype=np.float32)
+    count = 2 ** decade
+    part = float((np.float32(1) - np.float32(.1)) / np.float32(count))
+    at = np.arange(count + 1)
+    bounds = np.where(at < (count + 1) // 2, float(np.float32(.1)) + part * at,
+                      1 - part * (count - at)).astype(np.float32)
     middles = (bounds[:-1] + bounds[1:]) / 2 * np.float32(10. ** (decade - 6))
     values += [*middles, *-middles]
   return np.sort(np.array(values, np.float32))

@@ -97,6 +97,16 @@ def test_quantize_calibrates_goes_on_after_a_kill_and_says_what_it_cost(
     fails(capsys, *command[:2], tmp_path / 'no', '--scheme', 'w8a16', *wrong, says=[says])
 
 
+def test_quantize_writes_other_programs_formats(folder, tmp_path, capsys):
+  out = tmp_path / 'gptq'
+  assert main(['quantize', str(folder), str(out), '--scheme', 'w4a16-g16', '--format', 'gptq']) == 0
+  said = json.loads((out / 'config.json').read_text())['quantization_config']
+  assert (said['quant_method'], said['bits'], said['group_size']) == ('gptq', 4, 16)
+  capsys.readouterr()
+  fails(capsys, 'quantize', folder, tmp_path / 'q', '--scheme', 'w8a8', '--format', 'ggml',
+        says=['ggml', 'compressed-tensors'])
+
+
 def written(capsys, *arguments):
   assert main(['generate', *(str(a) for a in arguments)]) == 0
   return capsys.readouterr().out

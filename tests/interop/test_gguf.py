@@ -211,7 +211,7 @@ def test_a_byte_level_tokenizer_comes_back(tokenizer):
     (dict(format='gguf', encoding='Q5_K'), "no encoding 'Q5_K'; there are: F32, F16, Q8_0"),
     (dict(format='hf', encoding='F16'), "encoding 'F16' of format 'hf'"),
     (dict(format='gguf', extra=dict(a='b')), 'no other files'),
-    (dict(format='ggml'), "no format 'ggml'; there are: lean, hf, gguf")])
+    (dict(format='ggml'), "no format 'ggml'; there are: lean, hf, gguf, ")])
 def test_what_cannot_be_written_is_one_line(tokenizer, tmp_path, change, message):
   pytest.importorskip('gguf')
   m = lean.Model(FAMILIES['llama'], None, {}, tokenizer)

@@ -108,7 +108,7 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(kind, tmp_path):
 
 def test_other_ways_to_pack_are_refused_by_name(tmp_path):
   _, folder = folder_of(*ROWS['fp8'], tmp_path)
-  for how in (dict(quant_method='gptq', bits=4), FP8 | dict(fmt='e5m2'),
+  for how in (dict(quant_method='hqq'), dict(quant_method='gptq', bits=4), FP8 | dict(fmt='e5m2'),
               dict(quant_method='fp8', weight_block_size=None)):
     change(folder, quantization_config=how)
     with pytest.raises(InputError, match='quantization_config'):

@@ -135,7 +135,9 @@ GOOD = dict(a=entry(0, 8, [2]), b=entry(8, 16, [1, 2]))
     (GOOD | dict(a=dict(dtype='F32', shape=[2])), 16, 'data_offsets of a'),
     (GOOD | dict(a=7), 16, 'data_offsets of a'),
     (GOOD | dict(a=entry(0, 8, [2], 32)), 16, 'data_offsets of a'),
-    (GOOD | dict(a=entry(0, 2 ** 62, [2 ** 60])), 16, 'b begins at byte 8'),
+    (GOOD | dict(a=entry(0, 2 ** 60, [2 ** 58])), 16, 'b begins at byte 8'),
+    (GOOD | dict(a=entry(0, 8, [2] + [1] * 64)), 16, 'a has a shape that no array can have'),
+    (GOOD | dict(a=entry(0, 0, [0, 2 ** 62])), 16, 'a has a shape that no array can have'),
     (b'{"a": 1, "a": 2}', 0, 'it names a twice'),
     (b'[1, 2]', 0, 'its header is a list'),
     (b'{"a": ', 0, 'its header: Expecting value'),
@@ -145,7 +147,8 @@ GOOD = dict(a=entry(0, 8, [2]), b=entry(8, 16, [1, 2]))
 def test_a_header_that_lies_is_refused(tmp_path, header, size, words):
   write(tmp_path / 'model.safetensors', header, bytes(size))
   refused(tmp_path, 'model.safetensors', 'cannot be read', words, 'download it again')
-  if header != GOOD | dict(a=entry(0, 8, [2], 32)):
+  # Their package takes a dtype that is a number, and more axes than NumPy has.
+  if header != GOOD | dict(a=entry(0, 8, [2], 32)) and 'no array' not in words:
     with pytest.raises((safetensors.SafetensorError, UnicodeDecodeError)):
       safetensors.safe_open(tmp_path / 'model.safetensors', framework='numpy')
 
