@@ -70,13 +70,13 @@ def through(config, kind, params, x, at, frame):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def noted(config, kind, second, params, x, at, frame):
+def noted(config, kind, histogram, params, x, at, frame):
   """{name within the layer: Statistics of its inputs} for x [B T D].
 
   Args:
-    second: whether x x^T is summed too.
+    histogram: whether the sizes of inputs are counted.
   """
-  notes = Notes(frame.mask, second)
+  notes = Notes(frame.mask, histogram=histogram)
   Block(config, *kind).apply({'params': observed(params, notes)}, (x, None), at, frame)
   return notes.found
 

@@ -85,7 +85,8 @@ def _layer(stack, site, tree, plan, flow, prefix):
   stats, where = {}, f'{prefix}layer {site.number}'
   _check_weights(where, tree, rules)
   for e in flow:
-    new = blocks.noted(stack, site.kind, True, tree, e.x, blocks.place(stack, site), e.frame)
+    new = blocks.noted(stack, site.kind, counted(rules), tree, e.x, blocks.place(stack, site),
+                       e.frame)
     stats = {n: stats[n].add(s) if n in stats else s for n, s in new.items()}
   _check_inputs(where, {n: stats[n] for n in stats if n in rules})
   tree, stats = equalized(stack, site.kind, tree, rules, stats)
@@ -101,7 +102,7 @@ def _others(config, params, plan, batches):
   if rules:
     @jax.jit
     def noted(params, batch):
-      notes = Notes(batch.get('mask'))
+      notes = Notes(batch.get('mask'), histogram=counted(rules))
       config.module.apply({'params': observed(params, notes)},
                           **{k: batch[k] for k in INPUTS if k in batch})
       return {n: s for n, s in notes.found.items() if n in rules}
@@ -109,6 +110,11 @@ def _others(config, params, plan, batches):
       stats = {n: stats[n].add(s) if n in stats else s for n, s in noted(params, batch).items()}
   _check_inputs('the model', stats)
   return _rounded(params, rules, stats, dict(stack='', layer=None), 'the model')
+
+
+def counted(rules):
+  """Whether a rule needs the sizes of inputs: for a static range."""
+  return any(getattr(rule.spec, 'static', False) for rule in rules.values())
 
 
 def _rounded(tree, rules, stats, at, where):

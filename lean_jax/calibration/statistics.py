@@ -17,7 +17,8 @@ class Statistics(struct.PyTreeNode):
     second: [*e I I], the sum of x x^T; None if it was not asked for.
     size: [*e I], the sum of |x|.
     top: [*e I], the largest |x|.
-    histogram: [*e BINS], how many |x| of each size there were, see `quantile`; None if unknown.
+    histogram: [*e BINS], how many |x| of each size there were, see `quantile`; None if it was not
+      asked for, or is not known.
     finite: [*e], bool, whether there was no NaN and no infinity.
   """
   rows: jax.Array
@@ -42,25 +43,26 @@ class Statistics(struct.PyTreeNode):
     return self.replace(second=second, size=self.size / row, top=self.top / row, histogram=None)
 
 
-def of_matrix(x, weights=None, *, second=True):
+def of_matrix(x, weights=None, *, second=True, histogram=True):
   """Statistics of inputs [*e M I]; those of weight 0, of weights [M], are left out."""
   x = x.astype(jnp.float32)
   keep = jnp.ones(x.shape[-2:-1], bool) if weights is None else weights.astype(bool)
   x = jnp.where(keep.reshape((1,) * (x.ndim - 2) + (-1, 1)), x, 0)
   size, batch = jnp.abs(x), x.shape[:-2]
   count = jnp.sum(keep, dtype=jnp.float32)
-  bins = jnp.broadcast_to(keep[:, None], x.shape[-2:]).astype(jnp.float32)
-  each = _bins(size).reshape(-1, *x.shape[-2:])
+  counts = None
+  if histogram:
+    real = jnp.broadcast_to(keep[:, None], x.shape[-2:]).reshape(-1).astype(jnp.float32)
+    each = _bins(size).reshape(-1, real.size)
+    counts = jax.vmap(lambda b: jnp.bincount(b, real, length=BINS))(each).reshape(*batch, BINS)
   return Statistics(
       jnp.broadcast_to(count, batch),
       jnp.swapaxes(x, -1, -2) @ x if second else None,
       jnp.sum(size, axis=-2), jnp.max(size, axis=-2, initial=0.),
-      jax.vmap(lambda b: jnp.bincount(b.reshape(-1), bins.reshape(-1), length=BINS))(
-          each).reshape(*batch, BINS),
-      jnp.all(jnp.isfinite(x), axis=(-2, -1)))
+      counts, jnp.all(jnp.isfinite(x), axis=(-2, -1)))
 
 
-def of_groups(x, sizes, *, second=True):
+def of_groups(x, sizes, *, second=True, histogram=True):
   """Statistics [E ...] of inputs [M I], first those of expert 0; `sizes` [E] of each expert."""
   x, E, I = x.astype(jnp.float32), sizes.shape[0], x.shape[-1]
   size = jnp.abs(x)
@@ -71,12 +73,14 @@ def of_groups(x, sizes, *, second=True):
     zeros = jnp.zeros((E, I, I), jnp.float32)
     _, gradient = jax.vjp(lambda w: grouped_matmul.grouped_matmul(x, w, sizes), zeros)
     outer, = gradient(x)
-  bins = (expert[:, None] * BINS + _bins(size)).reshape(-1)
+  counts = None
+  if histogram:
+    bins = (expert[:, None] * BINS + _bins(size)).reshape(-1)
+    counts = jnp.bincount(bins, length=E * BINS).reshape(E, BINS).astype(jnp.float32)
   top = jax.ops.segment_max(size, expert, E, indices_are_sorted=True)
   return Statistics(
       sizes.astype(jnp.float32), outer, total(size), jnp.maximum(top, 0),
-      jnp.bincount(bins, length=E * BINS).reshape(E, BINS).astype(jnp.float32),
-      total((~jnp.isfinite(x)).any(axis=1).astype(jnp.int32)) == 0)
+      counts, total((~jnp.isfinite(x)).any(axis=1).astype(jnp.int32)) == 0)
 
 
 def quantile(histogram, part):
