@@ -14,7 +14,9 @@ def add_arguments(parser):
   """The settings of `lean.quantize`, as flags."""
   flag = parser.add_argument
   flag('out', metavar='OUT', help='a new folder, or a file of format gguf')
-  flag('--scheme', required=True, help='w8a8, w8a16, w4a16-g64, nf4-g64-dq, w2a16-g64, ...')
+  flag('--scheme', help='w8a8, w8a16, w4a16-g64, nf4-g64-dq, w2a16-g64, ...')
+  flag('--budget', help='in its place: "3.2 bits" a parameter, or bytes, spent on the layers that '
+       'calibration text shows to need them; layers are then written out')
   flag('--method', default='rtn', help='rtn, hqq; gptq, awq and smoothquant look at text '
        '(%(default)s)')
   flag('--where', default='(.*/)?layers/.*', help='regular expression on names (%(default)s)')
@@ -51,18 +53,23 @@ def run(arguments, console):
     raise InputError(f'{out} is there already; name another')
   if a.format not in api.FORMATS:
     raise InputError(f'no format {a.format!r}; there are: {", ".join(api.FORMATS)}')
-  model, bars = lean.load(a.folder), Bars()
+  check(a)
+  model, bars = lean.load(a.folder, scan_layers=False if a.budget else None), Bars()
   rows, kept = [], out.with_name(f'.{out.name}.layers')
   settings = dict(setting(text) for text in a.set)
+  which = dict(where=a.where, rules=[rule(text) for text in a.rule])
+  if a.budget:
+    with bars.bar('measure schemes') as update:
+      a.scheme, which = allocated(model, a), {}
+      update(1, 1)
   with bars.bar('quantize') as update:
     small = methods.quantize(
-        model, a.scheme, a.method, where=a.where, rules=[rule(text) for text in a.rule],
-        calibration=a.calibration, samples=a.samples, window=a.window, batch=a.batch,
-        field=a.field, folder=kept if a.calibration else None, progress=update, report=rows,
-        **settings)
+        model, a.scheme, a.method, calibration=a.calibration, samples=a.samples, window=a.window,
+        batch=a.batch, field=a.field, folder=kept if a.calibration else None, progress=update,
+        report=rows, **which, **settings)
   lean.save(small, out, format=a.format)
   shutil.rmtree(kept, ignore_errors=True)
-  found = dict(scheme=a.scheme, method=a.method, weights=rows,
+  found = dict(scheme=a.budget or a.scheme, method=a.method, weights=rows,
                bytes_before=tree.nbytes(model.params), bytes_after=tree.nbytes(small.params))
   if a.data:
     for name, which in (('before', model), ('after', small)):
@@ -73,6 +80,25 @@ def run(arguments, console):
     print(json.dumps(found))
     return
   console().print(table(rows, found))
+
+
+def check(a):
+  """Raises InputError where arguments do not go together."""
+  if bool(a.scheme) == bool(a.budget):
+    raise InputError('give --scheme, or --budget in its place')
+  if a.budget and (a.rule or not a.calibration):
+    raise InputError('--budget chooses the scheme of each weight by calibration text; give '
+                     '--calibration, and no --rule')
+
+
+def allocated(model, a):
+  """Rules of `lean.allocate_bits` by the first windows of the calibration text."""
+  from lean_jax.data.packed import packed_windows
+  window = a.window or min(model.config.context, 512)
+  budget = int(a.budget) if a.budget.isdecimal() else a.budget
+  with packed_windows(a.calibration, 'all', model, window, a.field) as windows:
+    tokens = windows.array[:min(a.samples, 16)].astype('int32')
+  return lean.allocate_bits(model, tokens, budget, where=a.where)
 
 
 def setting(text):

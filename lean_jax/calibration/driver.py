@@ -21,6 +21,7 @@ from lean_jax.models.segments import replaced, restacked
 from lean_jax.objectives.forward import INPUTS
 from lean_jax.quantization.gptq import FEWEST
 from lean_jax.quantization.rtn import rtn
+from lean_jax.report.kinds import kind
 from lean_jax.training.checkpoint import load_model, save_model
 from lean_jax.training.digest import fingerprint
 from lean_jax.weights import Dense, Rescaled
@@ -152,7 +153,7 @@ def row(name, before, after, stats=None, note=''):
     note = note or (f'{few} of {E} experts saw fewer than {FEWEST} inputs' if few else seen)
   second = None if stats is None else stats.second
   matrix = lambda w: to_matrix(meta.unbox(w), w.dims).astype(jnp.float32)
-  return dict(name=name, scheme=str(getattr(after, 'spec', type(after).__name__)),
+  return dict(name=name, scheme=kind(after),
               parameters=trees.parameters({'w': before}), bytes=trees.nbytes(after),
               error=float(relative_error(matrix(before), matrix(after), second)), note=note)
 

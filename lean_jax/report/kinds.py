@@ -1,5 +1,5 @@
 """What a weight is, in a word."""
-from lean_jax.weights import Dense, Quantized, Wrapper
+from lean_jax.weights import Dense, Outliers, Quantized, Wrapper
 
 
 def kind(w):
@@ -10,4 +10,6 @@ def kind(w):
     return str(w.spec)
   if isinstance(w, Wrapper):
     return f'{type(w).__name__}({kind(w.base)})'
+  if isinstance(w, Outliers):
+    return f'Outliers({kind(w.rest)})'
   return type(w).__name__

@@ -93,6 +93,14 @@ def test_quantize_calibrates_goes_on_after_a_kill_and_says_what_it_cost(
   monkeypatch.undo()
   assert main([*command[:2], str(tmp_path / 'other'), '--scheme', 'w8a16']) == 0
   assert 'mlp/gate/kernel' in capsys.readouterr().out
+  assert main([*command[:2], str(tmp_path / 'mixed'), '--budget', '6 bits', '--calibration',
+               str(text), '--window', '16', '--samples', '2', '--json']) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert 8 * sum(w['bytes'] for w in found['weights']) <= 6 * sum(
+      w['parameters'] for w in found['weights'])
+  assert len({w['scheme'] for w in found['weights']}) > 1
+  fails(capsys, *command[:2], tmp_path / 'no', '--budget', '6 bits', says=['--calibration'])
+  fails(capsys, *command[:2], tmp_path / 'no', says=['--scheme', '--budget'])
   for wrong, says in [(['--set', 'clip'], 'NAME=VALUE'), (['--rule', 'x'], 'PATTERN=SCHEME')]:
     fails(capsys, *command[:2], tmp_path / 'no', '--scheme', 'w8a16', *wrong, says=[says])
 
