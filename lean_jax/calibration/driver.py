@@ -6,6 +6,7 @@ in memory are the model, what is finished of its copy, and one layer's statistic
 """
 import json
 import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -127,14 +128,14 @@ def _rounded(tree, rules, stats, at, where):
       return w
     given, rule = stats.get(name), rules[name]
     base = w.base if isinstance(w, Rescaled) else w
-    note = ''
     try:
-      if rule.looks and given is None:
-        new, note = rtn(base, rule.spec), UNSEEN
-      else:
-        new = rule(base, stats=given)
+      with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        unseen = rule.looks and given is None
+        new = rtn(base, rule.spec) if unseen else rule(base, stats=given)
     except InputError as error:
       raise InputError(f'{name} of {where}: {error}') from error
+    note = '; '.join([UNSEEN] * unseen + [str(w.message) for w in told])
     rows.append(at | row(name, base, new, given, note))
     return w.__class__(new, w.by) if isinstance(w, Rescaled) else new
   return jax.tree_util.tree_map_with_path(one, tree, is_leaf=trees.is_weight), rows

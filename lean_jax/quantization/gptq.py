@@ -6,6 +6,7 @@ inputs, row i of W is rounded, its error is divided by U[i, i], and every later 
 times that.
 """
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from lean_jax.quantization.spec import parse_spec
 from lean_jax.weights import Dense, Quantized
 from lean_jax.weights.base import to_matrix, unstacked
 
+LEAST = 1e-6                  # of a damping that is raised
 BLOCK = 128                   # inputs after which the rows beyond them are brought up to date
 FEWEST = 16                   # inputs of an expert, below which it is rounded to nearest
 
@@ -33,7 +35,7 @@ def gptq(w, spec, stats, damping=.01, act_order=True, clip='absmax'):
     spec: a QuantSpec or its name.
     stats: calibration.Statistics of its inputs, with `second`.
     damping: what is added to H's diagonal, in parts of its mean; ten times as much, and so on,
-      where H cannot be inverted.
+      where H cannot be inverted, with a warning.
     act_order: whether inputs go from the largest to the smallest (the authors' --act-order), within
       groups that stay where they are.
     clip: how a group's range is found: 'absmax', or 'mse', see `clip.least_error`.
@@ -51,8 +53,11 @@ def gptq(w, spec, stats, damping=.01, act_order=True, clip='absmax'):
                      'the float model')
   value = meta.unbox(w)
   matrix = to_matrix(value, w.dims).astype(jnp.float32)
-  codes, scale, zero = gptq_codes(matrix, stats.second, stats.rows, spec=spec,
-                                  damping=float(damping), act_order=bool(act_order), clip=clip)
+  codes, scale, zero, more = gptq_codes(matrix, stats.second, stats.rows, spec=spec,
+                                        damping=float(damping), act_order=bool(act_order),
+                                        clip=clip)
+  if not isinstance(more, jax.core.Tracer) and (times := float(jnp.max(more))) > 1:
+    warnings.warn(f'H is singular: damped {times:.0f} times as much', stacklevel=2)
   scale = nested(scale) if spec.double else scale
   return Quantized.from_codes(codes, scale, zero, spec, unstacked(value.shape, w.dims), value.dtype,
                               w.dims, w.axes, input_scale=static_step(spec, stats))
@@ -60,7 +65,8 @@ def gptq(w, spec, stats, damping=.01, act_order=True, clip='absmax'):
 
 @functools.partial(jax.jit, static_argnames=('spec', 'damping', 'act_order', 'clip'))
 def gptq_codes(w, H, rows, *, spec, damping=.01, act_order=True, clip='absmax'):
-  """codes [*e I O], scale and zero [*e G O] of matrices [*e I O] whose inputs have H [*e I I].
+  """codes [*e I O], scale and zero [*e G O] of matrices [*e I O] whose inputs have H [*e I I]; and
+  how many times the damping was taken, [*e].
 
   Args:
     rows: [*e], inputs that H is the sum of.
@@ -72,7 +78,7 @@ def gptq_codes(w, H, rows, *, spec, damping=.01, act_order=True, clip='absmax'):
 
 
 def _codes(w, H, rows, *, spec, damping, act_order, clip):
-  """codes [I O], scale and zero [G O] of a matrix [I O] whose inputs have H [I I]."""
+  """`gptq_codes` of one matrix [I O]."""
   I, _ = w.shape
   few = rows < FEWEST
   H = jnp.where(few, jnp.eye(I), H)                    # with which nothing is made up for
@@ -83,9 +89,9 @@ def _codes(w, H, rows, *, spec, damping, act_order, clip):
   order = jnp.where(few, jnp.arange(I), order)
   scale, zero = _grids(w, spec, clip)                  # of groups as they stand: [G O]
   group = jnp.arange(I) // (spec.group or I)
-  U = upper(H[order][:, order], damping)
+  U, more = upper(H[order][:, order], damping)
   codes = _rounded(w[order], U, group[order], scale, zero, spec)
-  return codes[jnp.argsort(order)], scale, zero
+  return codes[jnp.argsort(order)], scale, zero, more
 
 
 def _grids(w, spec, clip):
@@ -95,18 +101,20 @@ def _grids(w, spec, clip):
 
 
 def upper(H, damping):
-  """U, upper, with U^T U = (H + damping)^-1.
+  """U, upper, with U^T U = (H + damping)^-1, and how many times the damping that took.
 
   Where H = R R^T with R upper, U is R^-1; and R is the lower triangle of H read backwards.
   """
   mean = jnp.mean(jnp.diag(H))
   triangle = lambda damping: jnp.linalg.cholesky(
       (H + damping * mean * jnp.eye(H.shape[0]))[::-1, ::-1])[::-1, ::-1]
-  R = triangle(damping)
-  for power in (10, 100, 1000):                        # a singular H, damped until it is not
-    R = jax.lax.cond(jnp.isfinite(R).all(), lambda R: R,
-                     lambda R, power=power: triangle(damping * power), R)
-  return jax.scipy.linalg.solve_triangular(R, jnp.eye(H.shape[0], dtype=H.dtype))
+  R, more = triangle(damping), jnp.float32(1)
+  for times in (10., 100., 1000., 10_000.):            # a singular H, damped until it is not
+    R, more = jax.lax.cond(
+        jnp.isfinite(R).all(), lambda R, more: (R, more),
+        lambda R, more, times=times: (triangle(jnp.maximum(damping, LEAST) * times),
+                                      jnp.float32(times)), R, more)
+  return jax.scipy.linalg.solve_triangular(R, jnp.eye(H.shape[0], dtype=H.dtype)), more
 
 
 def _rounded(w, U, group, scale, zero, spec):

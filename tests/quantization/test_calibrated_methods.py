@@ -98,7 +98,8 @@ def test_gptq_leaves_out_inputs_that_were_always_zero_and_damps_what_is_singular
   x = X.copy()
   x[:, 3] = 0
   x[:, 5] = x[:, 4]                                    # singular without damping
-  got = gptq(dense(W), 'w4a16-g8', statistics.of_matrix(jnp.asarray(x)), damping=0.)
+  with pytest.warns(UserWarning, match='singular: damped 10+ times as much'):
+    got = gptq(dense(W), 'w4a16-g8', statistics.of_matrix(jnp.asarray(x)), damping=0.)
   assert np.isfinite(values(got)).all() and not values(got)[3].any()
   few = statistics.of_matrix(jnp.asarray(x[:5]))       # fewer than inputs need: rounded to nearest
   np.testing.assert_array_equal(values(gptq(dense(W), 'w4a16-g8', few)),
