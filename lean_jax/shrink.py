@@ -17,6 +17,8 @@ def add_arguments(parser):
   flag('--scheme', help='w8a8, w8a16, w4a16-g64, nf4-g64-dq, w2a16-g64, ...')
   flag('--budget', help='in its place: "3.2 bits" a parameter, or bytes, spent on the layers that '
        'calibration text shows to need them; layers are then written out')
+  flag('--schemes', help='that a budget is spent on, with commas between (w2a16-g64,w3a16-g64,'
+       'w4a16-g64,w8a16-g64)')
   flag('--method', default='rtn', help='rtn, hqq; gptq, awq and smoothquant look at text '
        '(%(default)s)')
   flag('--where', default='(.*/)?layers/.*', help='regular expression on names (%(default)s)')
@@ -86,6 +88,8 @@ def check(a):
   """Raises InputError where arguments do not go together."""
   if bool(a.scheme) == bool(a.budget):
     raise InputError('give --scheme, or --budget in its place')
+  if a.schemes and not a.budget:
+    raise InputError('--schemes are what a --budget is spent on; give one, or --scheme alone')
   if a.budget and (a.rule or not a.calibration):
     raise InputError('--budget chooses the scheme of each weight by calibration text; give '
                      '--calibration, and no --rule')
@@ -98,7 +102,8 @@ def allocated(model, a):
   budget = int(a.budget) if a.budget.isdecimal() else a.budget
   with packed_windows(a.calibration, 'all', model, window, a.field) as windows:
     tokens = windows.array[:min(a.samples, 16)].astype('int32')
-  return lean.allocate_bits(model, tokens, budget, where=a.where)
+  schemes = dict(schemes=tuple(a.schemes.split(','))) if a.schemes else {}
+  return lean.allocate_bits(model, tokens, budget, where=a.where, **schemes)
 
 
 def setting(text):

@@ -93,8 +93,9 @@ def test_quantize_calibrates_goes_on_after_a_kill_and_says_what_it_cost(
   monkeypatch.undo()
   assert main([*command[:2], str(tmp_path / 'other'), '--scheme', 'w8a16']) == 0
   assert 'mlp/gate/kernel' in capsys.readouterr().out
-  assert main([*command[:2], str(tmp_path / 'mixed'), '--budget', '6 bits', '--calibration',
-               str(text), '--window', '16', '--samples', '2', '--json']) == 0
+  assert main([*command[:2], str(tmp_path / 'mixed'), '--budget', '6 bits', '--schemes',
+               'w3a16-g8,w8a16-g8', '--calibration', str(text), '--window', '16', '--samples', '2',
+               '--json']) == 0
   found = json.loads(capsys.readouterr().out)
   assert 8 * sum(w['bytes'] for w in found['weights']) <= 6 * sum(
       w['parameters'] for w in found['weights'])
@@ -288,7 +289,7 @@ def test_a_disk_that_is_full_while_saving(folder, capsys, tmp_path, monkeypatch)
 
 
 def test_a_scheme_out_of_the_grammar_and_a_rule_that_matches_nothing(folder, capsys, tmp_path):
-  fails(capsys, 'quantize', folder, tmp_path / 'q', '--scheme', 'w5a16', says=['w5a16', 'w4a16'])
+  fails(capsys, 'quantize', folder, tmp_path / 'q', '--scheme', 'w7a16', says=['w7a16', 'w4a16'])
   fails(capsys, 'quantize', folder, tmp_path / 'q', '--scheme', 'w8a8', '--where', 'layer/.*',
         says=['layer/.*', 'layers/'])
 

@@ -97,7 +97,7 @@ def test_gptq_takes_every_format(text):
 def test_gptq_leaves_out_inputs_that_were_always_zero_and_damps_what_is_singular():
   x = X.copy()
   x[:, 3] = 0
-  x[:, 5] = x[:, 4]                                    # singular without damping
+  x = x[:18]                                           # fewer than 24 inputs: H is singular
   with pytest.warns(UserWarning, match='singular: damped 10+ times as much'):
     got = gptq(dense(W), 'w4a16-g8', statistics.of_matrix(jnp.asarray(x)), damping=0.)
   assert np.isfinite(values(got)).all() and not values(got)[3].any()

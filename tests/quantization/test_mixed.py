@@ -129,7 +129,7 @@ def test_what_cannot_be_is_refused_in_one_line(tiny_model):
       (lambda: lean.allocate_bits(tiny_model, TOKENS, schemes=('w9',)), 'no scheme'),
       (lambda: lean.allocate_bits(tiny_model, TOKENS, where='nothing'), 'matches no weight'),
       (lambda: lean.allocate_bits(lean.quantize(tiny_model, 'w8a16'), TOKENS), 'Quantized weight'),
-      (lambda: lean.quantize(tiny_model, [('.*', 'w8a16')], where='.*'), 'beside rules')]:
+      (lambda: lean.quantize(tiny_model, [('.*', 'w8a16')], where='.*'), 'place of a scheme')]:
     with pytest.raises(InputError, match=match) as error:
       call()
     assert '\n' not in str(error.value)

@@ -102,13 +102,28 @@ EQNS = {
 }
 
 
+# Of kinds that differ in their arrays one each: for what takes a program of its own to try.
+MAIN = ('dense', 'w4a16-g4-asym', 'nf4-g8-dq', 'act-order', 'lsq', 'rescaled', 'outliers', 'lora',
+        'w8a8', 'w4a8-g4', 'w8a8-static')
+
+
+def cases(kinds, eqns, mine=lambda kind, eqn: kind in MAIN):
+  """Kinds and equations, those that are not `mine` on demand."""
+  return [pytest.param(kind, eqn, marks=[] if mine(kind, eqn) else [pytest.mark.slow])
+          for kind in kinds for eqn in eqns]
+
+
+def thin(kind, eqn):
+  """Each kind with two equations, one with all of them."""
+  return kind in ('w4a16-g4', 'w8a8') or eqn in ('bthk,hkd->btd', 'ebtd,edf->ebtf')
+
+
 def weight(eqn, shape):
   value = jax.random.normal(jax.random.key(1), shape)
   return Dense(value, dims_of(eqn), tuple('abc'[:len(shape)]))
 
 
-@pytest.mark.parametrize('eqn', EQNS)
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(('kind', 'eqn'), cases(KINDS, EQNS, thin))
 def test_einsum_is_the_product_with_unbox(kind, eqn):
   xs, ws = EQNS[eqn]
   x = jax.random.normal(jax.random.key(0), xs)
@@ -118,8 +133,7 @@ def test_einsum_is_the_product_with_unbox(kind, eqn):
   np.testing.assert_allclose(w.einsum(eqn, x), jnp.einsum(eqn, x, w.unbox()), atol=2e-5)
 
 
-@pytest.mark.parametrize('eqn', EQNS)
-@pytest.mark.parametrize('kind', ROUNDS_ACTIVATIONS)
+@pytest.mark.parametrize(('kind', 'eqn'), cases(ROUNDS_ACTIVATIONS, EQNS, thin))
 def test_einsum_is_the_product_of_rounded_activations_with_unbox(kind, eqn):
   xs, ws = EQNS[eqn]
   x = jax.random.normal(jax.random.key(0), xs)
@@ -133,8 +147,9 @@ def test_einsum_is_the_product_of_rounded_activations_with_unbox(kind, eqn):
   np.testing.assert_allclose(w.einsum(eqn, x), jnp.einsum(eqn, rounded, w.unbox()), atol=2e-5)
 
 
-@pytest.mark.parametrize('eqn', ['etd,edf->etf', 'etdg,dfeg->etf'])
-@pytest.mark.parametrize('kind', KINDS | ROUNDS_ACTIVATIONS)
+@pytest.mark.parametrize(('kind', 'eqn'), cases(
+    KINDS | ROUNDS_ACTIVATIONS, ['etd,edf->etf', 'etdg,dfeg->etf'],
+    lambda kind, eqn: kind == 'w4a8-g4' or (kind in MAIN and eqn == 'etd,edf->etf')))
 def test_grouped_is_einsum_of_each_expert(kind, eqn):
   xs, rest = eqn.split(',')
   ws = rest.split('->')[0]
@@ -201,7 +216,9 @@ class Stack(nn.Module):
     return scan(name='layers')(x, None)[0]
 
 
-@pytest.mark.parametrize('kind', KINDS | ROUNDS_ACTIVATIONS)
+@pytest.mark.parametrize('kind', [
+    pytest.param(kind, marks=[] if kind in MAIN else [pytest.mark.slow])
+    for kind in KINDS | ROUNDS_ACTIVATIONS])
 def test_scan_remat_jit_grad_and_vmap_compute_what_the_layers_do(kind):
   x = jax.random.normal(jax.random.key(0), (2, 3, 8))
   params = Stack().init(jax.random.key(1), x)['params']
