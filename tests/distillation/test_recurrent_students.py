@@ -42,7 +42,8 @@ def student_of(teacher, family):
   return dataclasses.replace(teacher, family=family, config=config, params=params)
 
 
-@pytest.mark.parametrize('family', STUDENTS)
+@pytest.mark.parametrize('family', [
+    'lean_lstm', 'mamba', pytest.param('mamba2', marks=pytest.mark.slow)])
 def test_a_recurrent_student_learns_from_a_transformer(teacher, text, tmp_path, family):
   student = student_of(teacher, family)
   seen = []

@@ -10,7 +10,9 @@ from lean_jax.training.mesh import make_mesh
 from tests.models import methods_matrix as matrix
 
 
-@pytest.mark.parametrize('family', ['mamba', 'mamba2', 'lean_lstm'])
+@pytest.mark.parametrize('family', [
+    'mamba', pytest.param('mamba2', marks=pytest.mark.slow),
+    pytest.param('lean_lstm', marks=pytest.mark.slow)])
 def test_sharded_is_unsharded(family):
   config, params = matrix.model(family)
   given = matrix.batch(config)

@@ -48,7 +48,7 @@ def test_a_wrong_name_is_told_the_grammar_and_the_nearest_names():
   assert GRAMMAR in str(error.value)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.sampled_from([1, 1.6, 2, 3, 4, 5, 6, 7]), st.integers(1, 33), st.integers(1, 3),
        st.integers(0, 2 ** 31 - 1))
 def test_pack_and_unpack_are_inverse(bits, rows, columns, seed):

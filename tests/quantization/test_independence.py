@@ -34,7 +34,7 @@ def apply(kind, spec, dtype='float32', where='layers/.*'):
   return module, methods.apply(plain, (dict(where=where, method=kind, spec=spec),))
 
 
-@pytest.mark.parametrize('order', [(0, 1), (1, 0)])
+@pytest.mark.parametrize('order', [(0, 1), pytest.param((1, 0), marks=pytest.mark.slow)])
 def test_a_plain_and_a_quantized_model_do_not_meet_in_a_jit_cache(order):
   module, plain = params()
   _, lean = apply('fake_quantize', 'w2a16-g8')
@@ -59,7 +59,8 @@ def test_nor_do_they_in_a_function_that_multiplies_by_itself(order):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('name', ['gate', 'up', 'down', 'q', 'k', 'v', 'o'])
+@pytest.mark.parametrize('name', ['gate', 'up', 'q', 'k', 'v', *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ('down', 'o'))])
 def test_weights_of_one_shape_are_each_rounded_under_grad(dtype, name):
   """The gradient of every other weight is that of the model with `name` rounded."""
   module, lean = apply('fake_quantize', 'w2a16-g8', dtype, where=f'layers/.*/{name}/.*')

@@ -196,7 +196,7 @@ def static(kind):
               **{'ema': dict(decay=.9), 'pact': dict(level=10.)}[kind])
 
 
-@pytest.mark.parametrize('kind', ['ema', 'pact'])
+@pytest.mark.parametrize('kind', ['ema', pytest.param('pact', marks=pytest.mark.slow)])
 def test_static_activations_train_and_are_then_those_of_the_integers(kind):
   params = static(kind)
   trained, _ = train(MODULE, params, Same(), steps=4, peak=1e-3, weight_decay=.1)
@@ -259,8 +259,9 @@ def test_bitnet_from_scratch_beats_rounding_what_was_trained_in_float(text):
   assert float(loss(stored)) < .5 * after and after > 2 * float(loss(float_model()))
 
 
-@pytest.mark.parametrize(('method', 'text'), [('fake_quantize', 'w2a16'), ('lsq_plus', 'w2a16'),
-                                              ('lsq', 'w2a16-sym')])
+@pytest.mark.parametrize(('method', 'text'), [
+    ('fake_quantize', 'w2a16'), ('lsq', 'w2a16-sym'),
+    pytest.param('lsq_plus', 'w2a16', marks=pytest.mark.slow)])
 def test_training_through_two_bits_with_the_float_teacher_beats_rounding(method, text):
   """LLM-QAT, arXiv:2305.17888: the float model's distribution is the target."""
   teacher = float_model()

@@ -91,9 +91,11 @@ def test_accumulated_microbatches_are_one_batch():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts)
 
 
-@pytest.mark.parametrize('shape', [dict(data=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2,
-                                                                              tensor=2)])
-@pytest.mark.parametrize('kind', ['dense', 'qlora', 'qat'])
+@pytest.mark.parametrize(('kind', 'shape'), [
+    pytest.param(kind, shape, marks=[] if kind == 'dense' or len(shape) == 3 else [
+        pytest.mark.slow])
+    for kind in ('dense', 'qlora', 'qat')
+    for shape in (dict(data=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2))])
 def test_sharded_is_unsharded(shape, kind):
   steps = dict(dense=(), qat=(dict(where='layers/.*', method='fake_quantize', spec='w8a8'),),
                qlora=(dict(where='layers/.*', method='rtn', spec='w4a16-g8'),
