@@ -68,9 +68,9 @@ was rounded, the experts' too, or the row says `fails`.
 | family | {names} |
 | --- |{rule}
 '''
-SCHEMES = ('w8a16', 'w8a8', 'w8a8-static', 'w6a16-g32', 'w4a16', 'w4a16-g32', 'w4a16-g32-asym',
-           'w4a8-g32', 'w3a16-g32', 'w3a16-g32-asym', 'w2a16-g32', 'nf4-g32', 'nf4-g32-dq',
-           'fp4-g32', 'fp4_e2m1-g32', 'fp8', 'fp8_e5m2', 'mxfp4', 'mxfp8', 'w1.58a16')
+SCHEMES = ('w8a16', 'w8a8', 'w8a8-static', 'w4a16', 'w4a16-g32', 'w4a16-g32-asym', 'w4a8-g32',
+           'w3a16-g32', 'w2a16-g32', 'nf4-g32', 'nf4-g32-dq', 'fp4-g32', 'fp8', 'mxfp4',
+           'w1.58a16')
 METHODS = dict(rtn=('rtn', {}), mse=('rtn', dict(clip='mse')), hqq=('hqq', {}), awq=('awq', {}),
                gptq=('gptq', dict(clip='mse')), smoothquant=('smoothquant', {}))
 CELLS = dict([('rtn w8a8', ('rtn', 'w8a8')), ('rtn nf4-g16-dq', ('rtn', 'nf4-g16-dq')),
