@@ -13,8 +13,8 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 # A row's checks follow each other in one process, so that its model is made once.
 # What is the same code in each row of a family, its first one shows by default: layers written out,
-# bfloat16, and the cache, which each row's 32 generated tokens go through too.
-ONCE = ('check_unrolled', 'check_bfloat16', 'check_cache')
+# bfloat16, what is saved, and the cache, which each row's 32 generated tokens go through too.
+ONCE = ('check_unrolled', 'check_bfloat16', 'check_save', 'check_cache')
 FIRST = {row.family: row.id for row in reversed(ROWS)}
 CASES = [pytest.param(row, check, id=f'{row.id}-{check.__name__.removeprefix("check_")}',
                       marks=[pytest.mark.xdist_group(row.id),
