@@ -9,7 +9,6 @@ time of a step is more than 1.25 times the float one's.
 """
 import argparse
 import os
-import resource
 import statistics
 import sys
 import time
@@ -45,11 +44,6 @@ def step_of(module, params, tokens):
   return step
 
 
-def cpu_seconds():
-  usage = resource.getrusage(resource.RUSAGE_SELF)
-  return usage.ru_utime + usage.ru_stime
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--size', choices=SIZES, default='small')
@@ -72,10 +66,10 @@ def main():
   found = {case: [] for case in steps}
   for k in range(arguments.rounds + 2):                # the first two compile and warm up
     for case, step in steps.items():
-      cpu, wall = cpu_seconds(), time.perf_counter()
+      cpu, wall = time.process_time(), time.perf_counter()
       step()
       if k >= 2:
-        found[case].append((time.perf_counter() - wall, cpu_seconds() - cpu))
+        found[case].append((time.perf_counter() - wall, time.process_time() - cpu))
   print(f'{arguments.size}: {size}; float32, {os.cpu_count()} cores, {jax.devices()[0]}, '
         f'jax {jax.__version__}, load {os.getloadavg()[0]:.1f}; medians of {arguments.rounds}\n')
   print('| method | scheme | step, ms | CPU, ms | times float, wall | CPU |\n'

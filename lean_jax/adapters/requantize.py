@@ -11,6 +11,7 @@ from flax.core import meta
 
 from lean_jax import tree
 from lean_jax.errors import InputError
+from lean_jax.quantization.error import relative_error
 from lean_jax.weights import LowRank, Quantized, Rescaled
 from lean_jax.weights.base import from_matrix, to_matrix, unstacked
 
@@ -51,7 +52,8 @@ def merging_errors(before, after):
   """{name: |merged - rounded| / |merged|} of the weights that had an adapter in the tree `before`.
   """
   had, have = tree.named_weights(before), tree.named_weights(after)
-  error = jax.jit(_error)
+  wide = lambda w: w.unbox().astype(jnp.float32)
+  error = jax.jit(lambda a, b: relative_error(wide(a), wide(b)))
   return {n: float(error(w, have[n])) for n, w in had.items() if isinstance(w, LowRank)}
 
 
@@ -66,9 +68,3 @@ def _rounded(value, like):
     return Quantized.of(value, like.spec, like.dims, like.axes, input_scale=like.input_scale)
   raise InputError(f'an adapter on a {type(like).__name__} weight has no rounded base to be merged '
                    'into; use merge_lora')
-
-
-def _error(before, after):
-  want = before.unbox().astype(jnp.float32)
-  off = after.unbox().astype(jnp.float32) - want
-  return jnp.sqrt(jnp.sum(off ** 2) / jnp.maximum(jnp.sum(want ** 2), 1e-30))

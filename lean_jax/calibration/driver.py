@@ -20,6 +20,7 @@ from lean_jax.calibration.shared import equalized
 from lean_jax.errors import InputError
 from lean_jax.models.segments import replaced, restacked
 from lean_jax.objectives.forward import INPUTS
+from lean_jax.quantization.error import relative_error
 from lean_jax.quantization.gptq import FEWEST
 from lean_jax.quantization.rtn import rtn
 from lean_jax.report.kinds import kind
@@ -89,7 +90,7 @@ def _layer(stack, site, tree, plan, flow, prefix):
   for e in flow:
     new = blocks.noted(stack, site.kind, counted(rules), tree, e.x, blocks.place(stack, site),
                        e.frame)
-    stats = {n: stats[n].add(s) if n in stats else s for n, s in new.items()}
+    stats = _added(stats, new)
   _check_inputs(where, {n: stats[n] for n in stats if n in rules})
   tree, stats = equalized(stack, site.kind, tree, rules, stats)
   return _rounded(tree, rules, stats, dict(stack=prefix.rstrip('/'), layer=site.number), where)
@@ -109,9 +110,13 @@ def _others(config, params, plan, batches):
                           **{k: batch[k] for k in INPUTS if k in batch})
       return {n: s for n, s in notes.found.items() if n in rules}
     for batch in batches:
-      stats = {n: stats[n].add(s) if n in stats else s for n, s in noted(params, batch).items()}
+      stats = _added(stats, noted(params, batch))
   _check_inputs('the model', stats)
   return _rounded(params, rules, stats, dict(stack='', layer=None), 'the model')
+
+
+def _added(stats, new):
+  return {n: stats[n].add(s) if n in stats else s for n, s in new.items()}
 
 
 def counted(rules):
@@ -159,13 +164,6 @@ def row(name, before, after, stats=None, note=''):
               error=float(relative_error(matrix(before), matrix(after), second)), note=note)
 
 
-@jax.jit
-def relative_error(before, after, second=None):
-  """sqrt(E |x (after - before)|^2 / E |x before|^2) of matrices [*e I O]; see `row`."""
-  of = lambda w: jnp.sum(w * (w if second is None else second @ w))
-  return jnp.sqrt(jnp.maximum(of(after - before), 0) / jnp.maximum(of(before), 1e-30))
-
-
 def _check_weights(where, tree, rules):
   for name, w in trees.named_weights(tree).items():
     if name in rules and isinstance(w, Dense) and not bool(jnp.isfinite(meta.unbox(w)).all()):
@@ -188,7 +186,6 @@ class Kept:
         (pattern, repr(rule and (rule.name, rule.apply.keywords,
                                  rule.scales and rule.scales.keywords)))
         for pattern, rule in rules]])
-    self.of = text
     path = self.folder / 'of.json'
     if path.exists() and path.read_text() != text:
       raise InputError(f'{folder} has layers of another quantization; remove it, or name another')

@@ -6,8 +6,8 @@ import jax
 
 from lean_jax import methods
 from lean_jax.calibration.driver import calibrated, row
-from lean_jax.calibration.text import opened, text_batches
-from lean_jax.data.packed import packed_windows
+from lean_jax.calibration.text import text_batches
+from lean_jax.data.packed import opened, packed_windows
 from lean_jax.errors import InputError
 from lean_jax.quantization.spec import QuantSpec, parse_spec
 from lean_jax.training import mesh as meshes

@@ -1,7 +1,6 @@
 """Text as the batches that a model is calibrated on."""
 import numpy as np
 
-from lean_jax.data import sources
 from lean_jax.data.padded import padded
 from lean_jax.errors import InputError
 from lean_jax.evaluation.texts import limit, read, reads
@@ -49,8 +48,3 @@ def of_windows(windows, samples, batch):
   at = np.linspace(0, len(windows) - 1, count // batch * batch).round().astype(int)
   tokens = np.asarray(windows.array[at], np.int32).reshape(-1, batch, windows.length)
   return [dict(tokens=t) for t in tokens]
-
-
-def opened(data, field):
-  """A Source of what a user gives."""
-  return data if hasattr(data, 'documents') else sources.open_source(data, field=field)

@@ -28,6 +28,10 @@ def packed_windows(data, split, model, window, field):
   if window > model.config.context:
     raise InputError(f'windows of {window} tokens are longer than the context of '
                      f'{model.config.context}; give at most that')
-  source = data if hasattr(data, 'documents') else sources.open_source(data, field=field)
   with tempfile.TemporaryDirectory() as folder:
-    yield pack(source, split, model.tokenizer, window, folder)
+    yield pack(opened(data, field), split, model.tokenizer, window, folder)
+
+
+def opened(data, field):
+  """A Source of what a user gives."""
+  return data if hasattr(data, 'documents') else sources.open_source(data, field=field)

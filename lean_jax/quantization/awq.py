@@ -15,6 +15,7 @@ from lean_jax.errors import InputError
 from lean_jax.quantization import formats
 from lean_jax.quantization.clip import check_clip, least_error
 from lean_jax.quantization.equalization import broadcast, tidy
+from lean_jax.quantization.error import least, product_error
 from lean_jax.quantization.ranges import static_step
 from lean_jax.quantization.spec import parse_spec
 from lean_jax.weights import Dense, Quantized
@@ -79,27 +80,16 @@ def awq_scales(matrices, stats, spec):
 
   def error(alpha):
     s = tidy(size ** alpha)
-    return sum(product_error(w, rounded(w, s, spec), given.second)
+    return sum(product_error(rounded(w, s, spec) - w, given.second)
                for w, given in zip(matrices, stats))
 
-  def better(best, alpha):
-    least, at = best
-    found = error(alpha)
-    return (jnp.minimum(found, least), jnp.where(found < least, alpha, at)), None
-  (_, alpha), _ = jax.lax.scan(better, (jnp.float32(jnp.inf), jnp.float32(0)), jnp.asarray(ALPHAS))
-  return tidy(size ** alpha)
+  return tidy(size ** least(error, ALPHAS, jnp.float32(0)))
 
 
 def rounded(w, s, spec):
   """w [*e I O] as it is computed when rounded with its rows times s."""
   by = broadcast(s, w)[..., None]
   return formats.dequantize(*formats.quantize(w * by, spec), spec, jnp.float32) / by
-
-
-def product_error(w, other, second):
-  """The sum of squares of what products x (other - w) are, x having x x^T = second."""
-  off = other - w
-  return jnp.sum(off * (second @ off))
 
 
 def _total(x, kept=0):

@@ -1,10 +1,10 @@
 """Ranges that leave a group's largest values out, where that makes the error smaller."""
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lean_jax.errors import InputError
 from lean_jax.quantization import codes as grid
+from lean_jax.quantization.error import least
 
 PARTS = np.linspace(1., .4, 25, dtype=np.float32)       # of the range, that are tried
 CLIPS = ('absmax', 'mse')
@@ -40,10 +40,5 @@ def least_error(x, spec, rows, second=None):
     return jnp.broadcast_to(jnp.sum(each, axis=(-2, -1), keepdims=True), each.shape) if (
         spec.tensor) else each
 
-  def better(best, part):
-    found = error(part)
-    least, at = best
-    return (jnp.minimum(found, least), jnp.where(found < least, part, at)), None
-  start = (jnp.full_like(x[..., 0, :], jnp.inf), jnp.ones_like(x[..., 0, :]))
-  (_, part), _ = jax.lax.scan(better, start, jnp.asarray(PARTS))
+  part = least(error, PARTS, jnp.ones_like(x[..., 0, :]))
   return part[..., :1, :1] if spec.tensor else part

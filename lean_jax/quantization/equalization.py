@@ -2,7 +2,7 @@
 
 Weights that see the same input share one scale s [I] for each of its channels: input i is divided
 by s[i], and row i of each weight multiplied by it, which changes no product of floats. Dividing is
-free where the operation before takes it in (`fold`), and a product otherwise (`weights.Rescaled`).
+free where the operation before takes it in, and a product otherwise (`weights.Rescaled`).
 """
 
 import jax.numpy as jnp
