@@ -14,21 +14,16 @@ Measured on the first 131,072 tokens of TinyStories, in windows of the context o
 Llama of 850 thousand parameters +0.008%, +0.56%, .058 and .081. About a minute each on two CPU
 cores.
 """
-import argparse
-import json
 import sys
-import tempfile
 
 import jax
 import jax.numpy as jnp
 
-import lean_jax as lean
-from lean_jax.data.sources import open_source
-from lean_jax.data.windows import pack
 from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.generation.caches import CACHES, cache_bytes, with_cache
 from lean_jax.models.stack import empty_cache
 from lean_jax.nn.rounded import decoded, encoded
+from lean_jax.pipeline import on_text
 
 INT8, INT4 = 1.001, 1.01      # times the perplexity of floats, at most
 
@@ -76,23 +71,7 @@ def claims(found):
 
 def main(argv=None):
   """Prints figures and claims, and returns the exit code."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  flag = parser.add_argument
-  flag('folder', metavar='DIR', help='a decoder')
-  flag('--data', required=True, help='text, as lean-jax eval takes it')
-  flag('--window', type=int, help="tokens (the model's context)")
-  flag('--tokens', type=int, help='the first so many; all without')
-  arguments = parser.parse_args(argv)
-  model = lean.load(arguments.folder)
-  with tempfile.TemporaryDirectory() as folder:
-    windows = pack(open_source(arguments.data), 'all', model.tokenizer,
-                   arguments.window or model.config.context, folder, max_tokens=arguments.tokens)
-    found = measured(model, windows)
-  print(json.dumps(found, indent=2))
-  held = claims(found)
-  for claim, passed in held:
-    print(f'{"pass" if passed else "FAIL"}  {claim}')
-  return 0 if all(passed for _, passed in held) else 1
+  return on_text.main(__doc__, measured, claims, argv)
 
 
 if __name__ == '__main__':

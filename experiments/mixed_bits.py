@@ -14,18 +14,14 @@ bytes w3a16-g64 has a perplexity of 23.700 and mixed bits 17.117; at 120,560 byt
 5.563 and mixed bits 5.453; floats have 4.714. Chosen by the loss of the text, in the place of the
 divergences, it was 19.991 and 5.632. About two minutes on two CPU cores.
 """
-import argparse
 import dataclasses
-import json
 import sys
-import tempfile
 
 import lean_jax as lean
 from lean_jax import tree
 from lean_jax.api import MATRICES
-from lean_jax.data.sources import open_source
-from lean_jax.data.windows import pack
 from lean_jax.evaluation.perplexity import perplexity
+from lean_jax.pipeline import on_text
 from lean_jax.quantization import mixed
 
 UNIFORM = ('w3a16-g64', 'w4a16-g64')
@@ -67,23 +63,7 @@ def claims(found):
 
 def main(argv=None):
   """Prints figures and claims, and returns the exit code."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  flag = parser.add_argument
-  flag('folder', metavar='DIR', help='a decoder')
-  flag('--data', required=True, help='text, as lean-jax eval takes it')
-  flag('--window', type=int, help="tokens (the model's context)")
-  flag('--tokens', type=int, help='the first so many; all without')
-  arguments = parser.parse_args(argv)
-  model = lean.load(arguments.folder)
-  with tempfile.TemporaryDirectory() as folder:
-    windows = pack(open_source(arguments.data), 'all', model.tokenizer,
-                   arguments.window or model.config.context, folder, max_tokens=arguments.tokens)
-    found = measured(model, windows)
-  print(json.dumps(found, indent=2))
-  held = claims(found)
-  for claim, passed in held:
-    print(f'{"pass" if passed else "FAIL"}  {claim}')
-  return 0 if all(passed for _, passed in held) else 1
+  return on_text.main(__doc__, measured, claims, argv)
 
 
 if __name__ == '__main__':

@@ -26,21 +26,17 @@ Folding the scales alone does most where these were what was large; where the st
 rotation helps; and a model without large channels loses a little by it at four bits. Minutes
 on two CPU cores.
 """
-import argparse
 import dataclasses
-import json
 import sys
-import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import lean_jax as lean
-from lean_jax.data.sources import open_source
-from lean_jax.data.windows import pack
 from lean_jax.errors import InputError
 from lean_jax.evaluation.perplexity import perplexity
+from lean_jax.pipeline import on_text
 from lean_jax.quantization import rotation
 
 SCHEMES = ('w8a8', 'w4a8', 'w4a16')
@@ -110,24 +106,9 @@ def claims(found):
 
 def main(argv=None):
   """Prints figures and claims, and returns the exit code."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  flag = parser.add_argument
-  flag('folder', metavar='DIR', help='a decoder like Llama')
-  flag('--data', required=True, help='text, as lean-jax eval takes it')
-  flag('--window', type=int, help="tokens (the model's context)")
-  flag('--tokens', type=int, help='the first so many; all without')
-  flag('--seed', type=int, default=0, help='of the rotation')
-  arguments = parser.parse_args(argv)
-  model = lean.load(arguments.folder)
-  with tempfile.TemporaryDirectory() as folder:
-    windows = pack(open_source(arguments.data), 'all', model.tokenizer,
-                   arguments.window or model.config.context, folder, max_tokens=arguments.tokens)
-    found = measured(model, windows, arguments.seed)
-  print(json.dumps(found, indent=2))
-  held = claims(found)
-  for claim, passed in held:
-    print(f'{"pass" if passed else "FAIL"}  {claim}')
-  return 0 if all(passed for _, passed in held) else 1
+  return on_text.main(__doc__, measured, claims, argv,
+                      model='a decoder like Llama',
+                      seed=dict(type=int, default=0, help='of the rotation'))
 
 
 if __name__ == '__main__':

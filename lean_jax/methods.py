@@ -72,21 +72,34 @@ def apply(params, steps, key=None):
     InputError: no such method or setting, one that looks at inputs, or a pattern that matches
       nothing.
   """
+  groups = grouped(steps)
+  for rules in groups:
+    for _, rule in rules:
+      if rule.looks:
+        raise InputError(f'method {rule.name!r} looks at the inputs of weights; use lean.quantize('
+                         f'model, scheme, {rule.name!r}, calibration=TEXT)')
+  for rules in groups:
+    params = at_once(params, rules, key)
+  return params
+
+
+def grouped(steps):
+  """The steps of `apply` as lists of rules [(where, Bound)], one for each run of one method."""
   groups = []
   for step in map(dict, steps):
     where, method = step.pop('where'), step.pop('method')
-    rule = bound(method, step)
-    if rule.looks:
-      raise InputError(f'method {method!r} looks at the inputs of weights; use lean.quantize('
-                       f'model, scheme, {method!r}, calibration=TEXT)')
-    if not groups or groups[-1][0] != method:
-      groups.append((method, []))
-    groups[-1][1].append((where, rule))
-  for _, rules in groups:
-    random = any('key' in rule.takes for _, rule in rules)
-    # One compiled program, not one for each operation on each shape.
-    params = jax.jit(functools.partial(transform, rules=rules))(params, key=key if random else None)
-  return params
+    if not groups or groups[-1][0][1].name != method:
+      groups.append([])
+    groups[-1].append((where, bound(method, step)))
+  return groups
+
+
+def at_once(params, rules, key=None):
+  """The tree after rules of which none looks at inputs: one compiled program, not one for each
+  operation on each shape.
+  """
+  random = any(rule and 'key' in rule.takes for _, rule in rules)
+  return jax.jit(functools.partial(transform, rules=rules))(params, key=key if random else None)
 
 
 def bound(name, settings):

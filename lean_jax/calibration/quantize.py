@@ -1,8 +1,5 @@
 """`lean.quantize`: every method of rounding weights, with calibration text or without."""
 import dataclasses
-import functools
-
-import jax
 
 from lean_jax import methods
 from lean_jax.calibration.driver import calibrated, row
@@ -11,7 +8,7 @@ from lean_jax.data.packed import opened, packed_windows
 from lean_jax.errors import InputError
 from lean_jax.quantization.spec import QuantSpec, parse_spec
 from lean_jax.training import mesh as meshes
-from lean_jax.tree import named_weights, transform
+from lean_jax.tree import named_weights
 
 MATRICES = '(.*/)?layers/.*'      # the weights that methods take by default
 
@@ -77,7 +74,7 @@ def _at_once(params, rules, rows):
     if rule and rule.looks:
       raise InputError(f'method {rule.name!r} of {rule.spec} looks at the inputs of weights; give '
                        'calibration text')
-  out = jax.jit(functools.partial(transform, rules=rules))(params)
+  out = methods.at_once(params, rules)
   before, after = named_weights(params), named_weights(out)
   rows += [dict(stack='', layer=None) | row(n, before[n], after[n])
            for n in before if before[n] is not after[n] and type(before[n]) is not type(after[n])]

@@ -1,6 +1,4 @@
 """The methods of a config in order, those that look at inputs among them."""
-import itertools
-
 from lean_jax import methods
 from lean_jax.calibration.driver import calibrated
 
@@ -18,12 +16,9 @@ def apply(config, params, steps, batches, key=None):
   Raises:
     InputError: as of `methods.apply` and `calibrated`.
   """
-  for _, group in itertools.groupby(steps, lambda step: step['method']):
-    group = [dict(step) for step in group]
-    rules = [(step['where'], methods.bound(step['method'], {
-        k: v for k, v in step.items() if k not in ('where', 'method')})) for step in group]
+  for rules in methods.grouped(steps):
     if any(rule.looks for _, rule in rules):
       params, _ = calibrated(config, params, rules, batches())
     else:
-      params = methods.apply(params, group, key)
+      params = methods.at_once(params, rules, key)
   return params
