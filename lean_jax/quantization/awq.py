@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from lean_jax.errors import InputError
 from lean_jax.quantization import formats
 from lean_jax.quantization.clip import check_clip, least_error
 from lean_jax.quantization.equalization import broadcast, tidy
 from lean_jax.quantization.error import least, product_error
 from lean_jax.quantization.ranges import static_step
 from lean_jax.quantization.spec import parse_spec
-from lean_jax.weights import Dense, Quantized
+from lean_jax.weights import Quantized
 from lean_jax.weights.base import to_matrix
+from lean_jax.weights.dense import check_dense
 
 ALPHAS = np.linspace(0., 1., 20, endpoint=False, dtype=np.float32)     # section 3.2: a grid of 20
 
@@ -39,9 +39,7 @@ def awq(w, spec, stats, clip='mse'):
   """
   spec = parse_spec(spec)
   check_clip(clip)
-  if not isinstance(w, Dense):
-    raise InputError(f'a {type(w).__name__} weight cannot be rounded to {spec} by awq; start from '
-                     'the float model')
+  check_dense(w, f'rounded to {spec} by awq')
   value, shrink = meta.unbox(w), 1.
   if clip == 'mse':
     shrink = _shrink(to_matrix(value, w.dims).astype(jnp.float32), stats.second, spec)

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from lean_jax.errors import InputError
 from lean_jax.quantization import codes as grid
 from lean_jax.quantization import formats
 from lean_jax.quantization.clip import check_clip, least_error
 from lean_jax.quantization.nested import nested
 from lean_jax.quantization.ranges import static_step
 from lean_jax.quantization.spec import parse_spec
-from lean_jax.weights import Dense, Quantized
+from lean_jax.weights import Quantized
 from lean_jax.weights.base import to_matrix, unstacked
+from lean_jax.weights.dense import check_dense
 
 LEAST = 1e-6                  # of a damping that is raised
 BLOCK = 128                   # inputs after which the rows beyond them are brought up to date
@@ -48,9 +48,7 @@ def gptq(w, spec, stats, damping=.01, act_order=True, clip='absmax'):
   """
   spec = parse_spec(spec)
   check_clip(clip)
-  if not isinstance(w, Dense):
-    raise InputError(f'a {type(w).__name__} weight cannot be rounded to {spec} by gptq; start from '
-                     'the float model')
+  check_dense(w, f'rounded to {spec} by gptq')
   value = meta.unbox(w)
   matrix = to_matrix(value, w.dims).astype(jnp.float32)
   codes, scale, zero, more = gptq_codes(matrix, stats.second, stats.rows, spec=spec,

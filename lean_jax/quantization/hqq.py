@@ -14,8 +14,9 @@ from lean_jax.errors import InputError
 from lean_jax.quantization import codes as grid
 from lean_jax.quantization import formats
 from lean_jax.quantization.spec import parse_spec
-from lean_jax.weights import Dense, Quantized
+from lean_jax.weights import Quantized
 from lean_jax.weights.base import to_matrix, unstacked
+from lean_jax.weights.dense import check_dense
 
 P, BETA, GROWTH, STEPS = .7, 10., 1.01, 20             # the authors' own
 
@@ -27,9 +28,7 @@ def hqq(w, spec):
     InputError: the weight is no float one, or the scheme is another.
   """
   spec = parse_spec(spec)
-  if not isinstance(w, Dense):
-    raise InputError(f'a {type(w).__name__} weight cannot be rounded to {spec} by hqq; start from '
-                     'the float model')
+  check_dense(w, f'rounded to {spec} by hqq')
   if spec.symmetric or spec.tensor:
     raise InputError(f'hqq moves zero points, and {spec} has none of a group; give a scheme like '
                      'w4a16-g64-asym')

@@ -11,8 +11,9 @@ from flax.core import meta
 
 from lean_jax.errors import InputError
 from lean_jax.quantization.spec import parse_spec
-from lean_jax.weights import Dense, Outliers, Quantized, Rescaled
+from lean_jax.weights import Outliers, Quantized, Rescaled
 from lean_jax.weights.base import from_matrix, to_matrix, unstacked
+from lean_jax.weights.dense import check_dense
 
 
 def llm_int8(w, spec, stats, threshold=6.):
@@ -32,9 +33,7 @@ def llm_int8(w, spec, stats, threshold=6.):
     InputError: the weight is no float one, the activations of the scheme are not in eight bits, or
       the statistics are another weight's.
   """
-  if not isinstance(w, Dense):
-    raise InputError(f'a {type(w).__name__} weight cannot be rounded by llm_int8; start from the '
-                     'float model')
+  check_dense(w, 'rounded by llm_int8')
   spec = parse_spec(spec)
   if spec.activation_bits != 8 or spec.static:
     raise InputError(f'llm_int8 leaves outliers out of activations that are rounded token by '

@@ -12,8 +12,9 @@ from lean_jax.adapters.lora import check_rank
 from lean_jax.errors import InputError
 from lean_jax.quantization import formats
 from lean_jax.quantization.spec import parse_spec
-from lean_jax.weights import Dense, LowRank, Quantized
+from lean_jax.weights import LowRank, Quantized
 from lean_jax.weights.base import positions, to_matrix, unstacked
+from lean_jax.weights.dense import check_dense
 
 
 def loftq(w, spec, rank, steps=5):
@@ -32,9 +33,7 @@ def loftq(w, spec, rank, steps=5):
       or one with calibrated activations.
   """
   spec = parse_spec(spec)
-  if not isinstance(w, Dense):
-    raise InputError(f'a {type(w).__name__} weight cannot be rounded to {spec} by loftq; start '
-                     'from the float model')
+  check_dense(w, f'rounded to {spec} by loftq')
   if spec.static:
     raise InputError(f'{spec} needs a range of activations, which loftq does not find; give w8a8')
   if steps < 1:

@@ -2,6 +2,7 @@
 import dataclasses
 from typing import Any
 
+from lean_jax.errors import InputError
 from lean_jax.weights.base import Weight, pytree, static
 
 
@@ -20,3 +21,9 @@ class Dense(Weight):
 
   def replace_boxed(self, value):
     return dataclasses.replace(self, value=value)
+
+
+def check_dense(w, what):
+  """Raises InputError for a weight that is not Dense: it 'cannot be {what}'."""
+  if not isinstance(w, Dense):
+    raise InputError(f'a {type(w).__name__} weight cannot be {what}; start from the float model')
