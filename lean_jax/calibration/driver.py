@@ -64,7 +64,7 @@ def calibrated(config, params, rules, batches, *, folder=None, progress=None):
         progress(done, total, f'{prefix}layer {site.number}')
       found = kept and kept.read(prefix, site.number)
       if not found:
-        found = _layer(stack, site, blocks.layer(own, site), plan, flow, prefix)
+        found = _layer(stack, site, own, plan, flow, prefix)
         if kept:
           kept.write(prefix, site.number, *found)
       finished.append(found[0])
@@ -79,9 +79,9 @@ def calibrated(config, params, rules, batches, *, folder=None, progress=None):
   return params, rows + more
 
 
-def _layer(stack, site, tree, plan, flow, prefix):
-  """The tree of a layer with its methods applied, and its rows."""
-  full = f'{prefix}{site.prefix}/'
+def _layer(stack, site, params, plan, flow, prefix):
+  """The tree of a layer of a stack's with its methods applied, and its rows."""
+  tree, full = blocks.layer(params, site), f'{prefix}{site.prefix}/'
   rules = {n: plan[full + n] for n in trees.named_weights(tree) if full + n in plan}
   if not rules:
     return tree, []

@@ -1,14 +1,74 @@
-"""Matrices as blocks of GGUF's K types, which the format's own package reads and does not write.
+"""Matrices as blocks of GGUF's types: those already in codes, and K types.
 
-Of each group of numbers several ranges are tried, each with the scale (and the least number) that
-is best for its codes by least squares; then the scales are rounded to the six or eight bits that
-they are stored in, their neighbours tried too. The layouts are those that `gguf_codes` reads.
+Codes and scales that a type has are copied. K types, which the format's own package reads and does
+not write, are encoded here: of each group of numbers several ranges are tried, each with the scale
+(and the least number) that is best for its codes by least squares; then the scales are rounded to
+the six or eight bits that they are stored in, their neighbours tried too. The layouts are those
+that `gguf_codes` reads.
 """
+import dataclasses
+
 import numpy as np
 
+from lean_jax.errors import InputError
+from lean_jax.interop.gguf_codes import KINDS
+from lean_jax.quantization.nested import Nested
+
+GROUP = 32                    # codes that share a scale, of types that codes are copied into
 BLOCK = 256                   # numbers
 SIZES = dict(Q4_K=144, Q6_K=210)
 _CHUNK = 4096                 # blocks at a time
+
+
+def type_of(w):
+  """The smallest type that has the codes of a Quantized as they are, or None: Q4_0 of w4a16-g64.
+
+  Groups are any number of its own, and codes of fewer bits fit into more.
+  """
+  s, rows = w.spec, w.matrix_rows
+  if w.order is not None or isinstance(w.scale, Nested) or s.activation_bits or rows % GROUP or (
+      (s.group or rows) % GROUP):
+    return None
+  fits = lambda t: (t.group == GROUP and t.bits >= s.bits
+                    and dataclasses.replace(s, bits=t.bits, group=GROUP, tensor=False) == t)
+  return next((k for k, (*_, t) in sorted(KINDS.items(), key=lambda item: item[1][1])
+               if k not in SIZES and k != 'Q5_K' and fits(t)), None)
+
+
+def copied(matrix, kind, name):
+  """A `rounded.Matrix` in a type of `type_of` as bytes [O, row], scales to the nearest float16.
+
+  Raises:
+    InputError: scales are past float16, of the tensor `name`.
+  """
+  I, O = matrix.codes.shape
+  rows = lambda x: np.ascontiguousarray(x.T)
+  each = lambda x: rows(np.repeat(np.broadcast_to(x, (len(x), O)), I // GROUP // len(x), axis=0))
+  codes = rows(matrix.codes).reshape(O, -1, GROUP)
+  if kind == 'MXFP4':
+    parts = [each(matrix.scale)[..., None], _nibbles(codes)]
+    return np.concatenate(parts, axis=-1).reshape(O, -1)
+  scale = each(matrix.scale.astype(np.float32))
+  parts = [_half(scale)]
+  if matrix.zero is not None:
+    parts.append(_half(-each(matrix.zero.astype(np.float32)) * scale))
+  if not all(np.isfinite(x).all() for x in parts) or not parts[0].all():
+    raise InputError(f'{name} has scales that are no float16, from {scale.min():g} to '
+                     f'{scale.max():g}; save with encoding F32, or format lean')
+  parts = [_bytes(x[..., None]) for x in parts]
+  bits = KINDS[kind][2].bits
+  if bits == 8:
+    return np.concatenate([*parts, codes.view(np.uint8)], axis=-1).reshape(O, -1)
+  if matrix.zero is None:
+    codes = (codes + 2 ** (bits - 1)).astype(np.uint8)
+  if bits == 5:
+    parts.append(np.packbits(codes >> 4, axis=-1, bitorder='little'))
+  return np.concatenate([*parts, _nibbles(codes & 15)], axis=-1).reshape(O, -1)
+
+
+def _nibbles(codes):
+  """Codes [... 32] as bytes [... 16], the first half of them below."""
+  return codes[..., :16] | codes[..., 16:] << 4
 
 
 def encode(x, kind):

@@ -1,4 +1,5 @@
-"""Models of Llama's kind written as GGUF, encoded by the format's own package."""
+"""Models of Llama's kind written as GGUF: codes as they are, floats by the format's own package."""
+import collections
 import contextlib
 import pathlib
 
@@ -8,12 +9,15 @@ from lean_jax.errors import InputError
 from lean_jax.files import replacing
 from lean_jax.interop import gguf_tokenizer
 from lean_jax.interop.gguf import ARCHITECTURES, FREQUENCIES, theirs
-from lean_jax.interop.gguf_encode import BLOCK, SIZES, encode
+from lean_jax.interop.gguf_encode import BLOCK, SIZES, copied, encode, type_of
 from lean_jax.interop.hf import leaves, misfits
-from lean_jax.interop.names import written
+from lean_jax.interop.names import gathered, written
+from lean_jax.interop.rounded import matrix
 from lean_jax.interop.tensors import listed
+from lean_jax.interop.written import of_one
 from lean_jax.models.families.layer_types import window
 from lean_jax.nn.rope_scaling import Linear, Llama3, LongRope, plain
+from lean_jax.weights import Quantized
 
 # How each is called as the type of a whole file.
 ENCODINGS = dict(F32='ALL_F32', F16='MOSTLY_F16', Q8_0='MOSTLY_Q8_0', Q4_0='MOSTLY_Q4_0',
@@ -31,7 +35,8 @@ def save_gguf(path, family, config, params, tokenizer, *, encoding='F16',
     path: of the file.
     family, config, params: of a Llama, Mistral or Qwen2, of any kinds of weights.
     tokenizer: of `data.tokenizer`.
-    encoding: of matrices, one of `ENCODINGS`; F16 where rows are no whole blocks. Vectors are F32.
+    encoding: of matrices, one of `ENCODINGS`; F16 where rows are no whole blocks. Vectors are F32,
+      and a matrix in codes that a type has is copied into it, its scales as float16.
     overwrite: whether the file may exist.
 
   Raises:
@@ -54,14 +59,19 @@ def save_gguf(path, family, config, params, tokenizer, *, encoding='F16',
                      'remove what was added')
   keys, factors = architecture(family, config)
   words = gguf_tokenizer.written(tokenizer, config.vocabulary)
-  wanted, value = written(family, config, dict(leaves(params)))
-  kinds = {n: kind_of(shape, encoding) for n, (shape, _) in wanted.items()}
+  params = dict(leaves(params))
+  wanted, value = written(family, config, params)
+  codes = in_codes(gathered(family, config, params), params)
+  kinds = {n: codes[n][0] if n in codes else kind_of(shape, encoding)
+           for n, (shape, _) in wanted.items()}
+  most, _ = collections.Counter(k for n, k in kinds.items() if len(wanted[n][0]) > 1).most_common(
+      1)[0]
   of = gguf.GGMLQuantizationType
   with replacing(path) as file:
     out = gguf.GGUFWriter(file.name, keys.pop('architecture'))
     out.add_name(path.stem)
     out.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    out.add_file_type(gguf.LlamaFileType[ENCODINGS[encoding]])
+    out.add_file_type(gguf.LlamaFileType[ENCODINGS[most]])
     _add_keys(out, f'{out.arch}.', keys)
     _add_keys(out, 'tokenizer.ggml.', words)
     if 'chat_template' in words:
@@ -78,11 +88,28 @@ def save_gguf(path, family, config, params, tokenizer, *, encoding='F16',
       if factors is not None:
         out.write_tensor_data(factors)
       for n in wanted:
+        if n in codes:
+          kind, read = codes[n]
+          found = read()
+          order = in_pairs(np.arange(found.codes.shape[1]), n, out.arch, config)
+          out.write_tensor_data(copied(found, kind, n)[order])
+          continue
         x = in_pairs(np.asarray(value(n), np.float32), n, out.arch, config)
         if kinds[n] != 'F32' and not np.abs(x).max() <= _TOP:
           raise InputError(f'{n} has numbers that are no finite float16; save with encoding F32')
         out.write_tensor_data(encode(x, kinds[n]) if kinds[n] in SIZES else
                               gguf.quants.quantize(x, of[kinds[n]]))
+
+
+def in_codes(parts, params):
+  """{tensor: (its type, a function that gives its `rounded.Matrix`)} of those that are copied."""
+  out = {}
+  for name, cut in parts.items():
+    part, w = cut[0], params[cut[0].path]
+    kind = type_of(w) if isinstance(w, Quantized) and len(cut) == 1 else None
+    if kind:
+      out[name] = kind, lambda w=w, part=part: matrix(of_one(w, part))
+  return out
 
 
 def kind_of(shape, encoding):

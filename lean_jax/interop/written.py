@@ -148,7 +148,7 @@ def _scales(w, part):
 
 def _joined(cut, params):
   """The Matrix of a tensor, of its parts."""
-  each = [rounded.matrix(_one(params[p.path], p)) for p in cut]
+  each = [rounded.matrix(of_one(params[p.path], p)) for p in cut]
   first, stored = each[0], cut[0].stored
   if len(each) == 1:
     return first
@@ -165,7 +165,7 @@ def _joined(cut, params):
   return first._replace(codes=codes, scale=scale, zero=zero)
 
 
-def _one(w, part):
+def of_one(w, part):
   """The Quantized of one layer and one expert."""
   w = w if part.layer is None else taken(w, part.layer)
   if not part.at:

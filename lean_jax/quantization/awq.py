@@ -22,6 +22,7 @@ from lean_jax.weights.base import to_matrix
 from lean_jax.weights.dense import check_dense
 
 ALPHAS = np.linspace(0., 1., 20, endpoint=False, dtype=np.float32)     # section 3.2: a grid of 20
+COLUMNS = 512           # of a weight, spread over it, whose products the scales are judged by
 
 
 def awq(w, spec, stats, clip='mse'):
@@ -78,10 +79,17 @@ def awq_scales(matrices, stats, spec):
 
   def error(alpha):
     s = tidy(size ** alpha)
-    return sum(product_error(rounded(w, s, spec) - w, given.second)
+    return sum(product_error(_some(rounded(w, s, spec) - w), given.second)
                for w, given in zip(matrices, stats))
 
   return tidy(size ** least(error, ALPHAS, jnp.float32(0)))
+
+
+def _some(w):
+  """At most COLUMNS columns, times what makes their sum of squares stand for that of all."""
+  O = w.shape[-1]
+  part = w[..., ::-(-O // COLUMNS)]
+  return part * (O / part.shape[-1]) ** .5
 
 
 def rounded(w, s, spec):

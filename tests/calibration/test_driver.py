@@ -1,6 +1,8 @@
 """Calibration over real layers of every family: what is seen, what is moved, what goes on."""
 import dataclasses
+import gc
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from lean_jax.calibration.driver import calibrated
 from lean_jax.calibration.shared import inputs
 from lean_jax.data.windows import Windows
 from lean_jax.errors import InputError
+from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.segments import converted, unstacked
 from lean_jax.quantization.gptq import gptq
 from lean_jax.quantization.spec import parse_spec
@@ -150,6 +153,33 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
   with pytest.raises(InputError, match='another quantization; remove it'):
     calibrated(config, params, [(MATRICES, rule('gptq', 'w3a16-g8'))], batches,
                folder=tmp_path / 'kept')
+
+
+@pytest.mark.parametrize('method', ['gptq', 'awq'])
+def test_one_layer_is_held_above_the_model_and_its_copy(method):
+  config = DecoderConfig(vocabulary=100, width=64, layers=16, heads=2, groups=2, head_width=32,
+                         hidden=192, context=32)
+  params = jax.jit(config.module.init)(
+      jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  batch = dict(tokens=np.random.default_rng(0).integers(0, 100, (1, 16)).astype(np.int32))
+  live = lambda: sum(a.nbytes for a in jax.live_arrays())
+  gc.collect()
+  start, most, over = live(), [], threading.Event()
+
+  def watch():
+    while not over.wait(.0005):
+      most.append(live())
+  thread = threading.Thread(target=watch)
+  thread.start()
+  try:
+    out, _ = calibrated(config, params, [(MATRICES, rule(method, 'w4a16-g32'))], [batch])
+  finally:
+    over.set()
+    thread.join()
+  layers = lambda params: tree.nbytes(params['layers'])
+  # Its copy stands twice for the moment in which its layers are stacked.
+  assert len(most) > 20
+  assert max(most) - start < 2 * layers(out) + 2 * layers(params) / config.layers
 
 
 def test_what_is_not_finite_is_told_with_its_layer():

@@ -112,6 +112,32 @@ def test_what_is_written_is_what_the_formats_package_writes(tokenizer, tmp_path,
   assert value('tokenizer.ggml.bos_token_id') == 0
 
 
+@pytest.mark.parametrize(('scheme', 'kind'), [
+    ('w4a16-g32', 'Q4_0'), ('w3a16-g32', 'Q4_0'), ('w4a16', 'Q4_0'), ('w2a16-g32', 'Q4_1'),
+    ('w4a16-g32-asym', 'Q4_1'), ('w5a16-g32', 'Q5_0'), ('w5a16-g32-asym', 'Q5_1'),
+    ('w6a16-g32', 'Q8_0'), ('w8a16-tensor', 'Q8_0'), ('mxfp4', 'MXFP4'), ('nf4-g32', 'F32')])
+def test_codes_that_a_type_has_are_copied(tokenizer, tmp_path, scheme, kind):
+  gguf = pytest.importorskip('gguf')
+  m = model('llama', tokenizer)
+  # Clipped, so that the largest number of a block says nothing of its grid.
+  how = dict(clip='mse') if scheme[0] == 'w' else {}
+  m = lean.quantize(m, scheme, where='(.*/)?(layers/.*|embed/table)', **how)
+  lean.save(m, tmp_path / 'a.gguf', format='gguf', encoding='F32')
+  back = lean.load(tmp_path / 'a.gguf')
+  types = {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / 'a.gguf').tensors}
+  assert {t for n, t in types.items() if 'norm' not in n and n != 'output.weight'} == {
+      gguf.GGMLQuantizationType[kind]}
+  theirs = tree.named_weights(back.params)
+  for name, w in tree.named_weights(m.params).items():
+    if isinstance(w, Quantized):
+      if kind != 'F32':
+        np.testing.assert_array_equal(theirs[name].codes(), w.codes())
+      wide = np.asarray(w.unbox())
+      # A scale and, where there is one, the least number are rounded to eleven bits.
+      bound = 0 if kind in ('MXFP4', 'F32') else 2. ** -11 * 3 * np.abs(wide).max()
+      np.testing.assert_allclose(theirs[name].unbox(), wide, atol=bound, rtol=0)
+
+
 @pytest.mark.parametrize(('family', 'change'), [
     ('llama', dict()), ('llama', dict(tie_word_embeddings=True, head_dim=6)),
     ('llama', dict(rope_scaling=dict(rope_type='linear', factor=2.))),
@@ -288,9 +314,11 @@ def test_llama_cpp_writes_the_same_text(real_data, tmp_path):
   m = lean.load(folder)
   assert m.tokenizer.fingerprint == load_tokenizer(folder).fingerprint
   # It rounds activations to eight bits, so that one of the others may part at two near logits.
-  for encoding in ('F16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0'):
-    path = tmp_path / f'{encoding}.gguf'
-    lean.save(m, path, format='gguf', encoding=encoding)
+  small = lean.quantize(m, 'w4a16-g32', clip='mse')         # in its own codes, as Q4_0
+  for given, encoding in ((small, 'F16'), *((m, e) for e in ('F16', 'Q8_0', 'Q4_0', 'Q4_1',
+                                                             'Q5_0'))):
+    path = tmp_path / f'{encoding}{given is small}.gguf'
+    lean.save(given, path, format='gguf', encoding=encoding)
     how = llama.CommonParams()
     how.model.path, how.n_ctx, how.warmup, how.cpuparams.n_threads = str(path), 256, False, 1
     answer = llama.Server(how).handle_completions(dict(
