@@ -6,6 +6,9 @@ import jax.numpy as jnp
 
 from lean_jax.kernels.grouped_matmul import api as grouped
 from lean_jax.kernels.int8_matmul import reference
+from lean_jax.kernels.platforms.choice import Form, chosen
+
+ACTIVATIONS = dict(relu=jax.nn.relu, silu=jax.nn.silu, gelu=jax.nn.gelu)
 
 
 def _xla(x, values, scale, group, x_scale):
@@ -24,10 +27,8 @@ def _xla(x, values, scale, group, x_scale):
   return jnp.sum(total.astype(jnp.float32) * wide, axis=-3) * row_scale
 
 
-IMPLEMENTATIONS = {'reference': reference.int8_matmul, 'xla': _xla}
-
-
-def int8_matmul(x, values, scale, *, group=None, x_scale=None, implementation='xla'):
+def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activation=None,
+                implementation=None):
   """x @ (values * scale) with x rounded to 8 bits, one range a row, and int32 accumulation.
 
   The scheme is that of Dettmers et al. 2022 (arXiv:2208.07339), section 2.1, 'vector-wise'.
@@ -40,17 +41,18 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, implementation='x
       all.
     group: rows of a group, the last may be shorter; None is all of them, G = 1.
     x_scale: None, or [*E], the step to which all rows of x are rounded instead of their own.
-    implementation: 'xla', or 'reference' (slow; for tests).
+    bias: None, or [N] or [*E 1 N], float: added to the product.
+    activation: None, or one of ACTIVATIONS, of the product and the bias.
+    implementation: None is the fastest that the platform has for these operands; or 'xla', or
+      'reference' (slow; for tests).
 
   Returns:
     [*E M N], float32.
 
   Raises:
-    ValueError: shapes or dtypes do not fit, or there is no such implementation.
+    ValueError: shapes or dtypes do not fit, or an implementation or activation that is not there or
+      does not run here.
   """
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'no implementation {implementation!r}; there are: '
-                     f'{", ".join(IMPLEMENTATIONS)}')
   if values.dtype != jnp.int8:
     raise ValueError(f'values are {values.dtype}; expected int8')
   *batch, K, N = values.shape
@@ -60,12 +62,29 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, implementation='x
   if scale.shape not in ((*batch, G, N), (*batch, G, 1)):
     raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
                      f'{(*batch, G, N)}')
-  return _product(implementation, group, x, values, scale, x_scale)
+  if activation not in (None, *ACTIVATIONS):
+    raise ValueError(f'activation {activation!r}; expected one of {", ".join(ACTIVATIONS)}')
+  y = _product(implementation, group, x, values, scale, x_scale)
+  if bias is not None:
+    y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+  return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def forms(group, x, values, scale, x_scale):
+  """Its Forms for these operands, the fastest first."""
+  del x, values, scale, x_scale
+  whole = lambda run: functools.partial(_run, run, group)
+  return [Form(whole(_xla), 'xla'), Form(whole(reference.int8_matmul), 'reference')]
+
+
+def _run(run, group, x, values, scale, x_scale):
+  return run(x, values, scale, group, x_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(implementation, group, x, values, scale, x_scale):
-  return IMPLEMENTATIONS[implementation](x, values, scale, group, x_scale)
+  run = chosen('int8_matmul', forms(group, x, values, scale, x_scale), implementation)
+  return run(x, values, scale, x_scale)
 
 
 def _forward(implementation, group, x, values, scale, x_scale):

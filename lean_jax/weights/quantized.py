@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lean_jax.kernels.grouped_matmul import api as grouped_matmul
 from lean_jax.kernels.int8_matmul import api as int8_matmul
+from lean_jax.kernels.weight_only_matmul import api as weight_only_matmul
 from lean_jax.quantization import codes as grid
 from lean_jax.quantization import formats
 from lean_jax.quantization.nested import Nested
@@ -86,7 +87,7 @@ class Quantized(Weight):
       y = int8_matmul.int8_matmul(x2, grid.integers(self.codes(), self.spec),
                                   self.scale, group=self.spec.group, x_scale=self.input_scale)
     else:
-      y = x2 @ self._stored_matrix(x.dtype)
+      y = weight_only_matmul.weight_only_matmul(x2, self.values, self.scale, self.zero, self.spec)
     return restore(y.astype(x.dtype))
 
   def grouped(self, x, sizes):

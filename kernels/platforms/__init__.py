@@ -1,0 +1,1 @@
+"""What ops share: which implementation runs on which platform."""

@@ -1,0 +1,1 @@
+"""y = x @ w, w in codes of few bits and x as it is."""

@@ -1,0 +1,62 @@
+"""weight_only_matmul: every implementation is the reference, and gradients are the dense ones."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lean_jax.kernels.weight_only_matmul import api, reference
+from lean_jax.quantization import formats
+from lean_jax.quantization.packing import pack
+from lean_jax.quantization.spec import parse_spec
+
+SCHEMES = ('w8a16', 'w4a16-g8', 'w4a16-g8-asym', 'w3a16-g8', 'w2a16-g8', 'nf4-g16', 'nf4-g8-dq',
+           'fp4-g8', 'fp8', 'w1.58a16', 'w1a16', 'mxfp4')
+
+
+def operands(scheme, shape=(3, 20, 6), seed=0, dtype=jnp.float32):
+  *batch, M, K, N = shape
+  spec, rng = parse_spec(scheme), np.random.default_rng(seed)
+  x = jnp.asarray(rng.normal(size=(*batch, M, K)), dtype)
+  w = jnp.asarray(rng.normal(size=(*batch, K, N)), jnp.float32)
+  if spec.code == 'mxfp4':
+    x, w = (jnp.concatenate([a, a], axis=axis) for a, axis in ((x, -1), (w, -2)))
+  codes, scale, zero = formats.quantize(w, spec)
+  return x, pack(codes, spec.bits), scale, zero, spec
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+@pytest.mark.parametrize('shape', [(3, 20, 6), (2, 1, 17, 5)])
+def test_an_implementation_equals_the_reference(scheme, shape):
+  given = operands(scheme, shape)
+  want = reference.weight_only_matmul(*given)
+  for implementation in (None, 'xla'):
+    got = api.weight_only_matmul(*given, implementation=implementation)
+    # K products of float32, added in another order
+    bound = 2. ** -23 * 40 * float(jnp.abs(given[0]).sum(-1).max()) * 4
+    np.testing.assert_allclose(got, want, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize('scheme', ['w4a16-g8-asym', 'nf4-g8-dq', 'w8a16'])
+def test_gradients_are_those_of_the_weight_written_out(scheme):
+  x, values, scale, zero, spec = operands(scheme)
+  dense = lambda x, s: jnp.sum(jnp.sin(
+      x @ reference.matrix(values, s, zero, spec, x.shape[-1], jnp.float32)))
+  ours = lambda x, s: jnp.sum(jnp.sin(api.weight_only_matmul(x, values, s, zero, spec)))
+  grads = [jax.grad(f, (0, 1), allow_int=True)(x, scale) for f in (ours, dense)]
+  for got, want in zip(*map(jax.tree.leaves, grads)):
+    if got.dtype != jax.dtypes.float0:
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('change', 'match'), [
+    (lambda x, v, s, z, p: (x[:, :-2], v, s, z, p), r'packs 18 rows .* into 9: expected'),
+    (lambda x, v, s, z, p: (x, v, s[:-1], z, p), r'expected \(3, 6\)'),
+    (lambda x, v, s, z, p: (x, v, s, z[:, :-1], p), 'and zero the same')])
+def test_operands_that_do_not_fit_are_refused(change, match):
+  with pytest.raises(ValueError, match=match):
+    api.weight_only_matmul(*change(*operands('w4a16-g8-asym')))
+
+
+def test_what_does_not_run_here_says_what_does():
+  with pytest.raises(ValueError, match="no implementation 'fast'; there are: xla, reference"):
+    api.weight_only_matmul(*operands('w4a16-g8'), implementation='fast')
