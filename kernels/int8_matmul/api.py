@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.kernels.grouped_matmul import api as grouped
-from lean_jax.kernels.int8_matmul import reference
+from lean_jax.kernels.int8_matmul import cpu, reference
 from lean_jax.kernels.platforms.choice import Form, chosen
+from lean_jax.quantization.packing import unpack
 
 ACTIVATIONS = dict(relu=jax.nn.relu, silu=jax.nn.silu, gelu=jax.nn.gelu)
 
@@ -27,7 +28,7 @@ def _xla(x, values, scale, group, x_scale):
   return jnp.sum(total.astype(jnp.float32) * wide, axis=-3) * row_scale
 
 
-def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activation=None,
+def int8_matmul(x, values, scale, *, group=None, bits=8, x_scale=None, bias=None, activation=None,
                 implementation=None):
   """x @ (values * scale) with x rounded to 8 bits, one range a row, and int32 accumulation.
 
@@ -36,10 +37,12 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activa
 
   Args:
     x: [*E M K], float.
-    values: [*E K N], int8.
+    values: [*E K N], int8; of four bits [*E ceil(K / 2) N] uint8, packed as
+      `quantization.packing.pack` does.
     scale: [*E G N] or [*E G 1], float: of each group of rows of values, and of each column or of
       all.
     group: rows of a group, the last may be shorter; None is all of them, G = 1.
+    bits: of values, 8 or 4.
     x_scale: None, or [*E], the step to which all rows of x are rounded instead of their own.
     bias: None, or [N] or [*E 1 N], float: added to the product.
     activation: None, or one of ACTIVATIONS, of the product and the bias.
@@ -53,46 +56,67 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activa
     ValueError: shapes or dtypes do not fit, or an implementation or activation that is not there or
       does not run here.
   """
-  if values.dtype != jnp.int8:
-    raise ValueError(f'values are {values.dtype}; expected int8')
-  *batch, K, N = values.shape
-  if x.ndim != values.ndim or x.shape[:-2] != tuple(batch) or x.shape[-1] != K:
-    raise ValueError(f'x {x.shape} does not fit values {values.shape}; expected [*E M {K}]')
+  kinds = {8: jnp.int8, 4: jnp.uint8}
+  if bits not in kinds or values.dtype != kinds[bits]:
+    raise ValueError(f'values are {values.dtype} of {bits} bits; expected int8 of 8, or uint8 of '
+                     '4, two codes in a byte along the axis that is summed over')
+  *batch, _, N = values.shape
+  K = x.shape[-1]
+  rows = K if bits == 8 else (K + 1) // 2
+  if x.ndim != values.ndim or x.shape[:-2] != tuple(batch) or values.shape[-2] != rows:
+    raise ValueError(f'x {x.shape} does not fit values {values.shape} of {bits} bits; expected '
+                     f'values [*E {rows} N] for it')
   G = -(-K // group) if group else 1
   if scale.shape not in ((*batch, G, N), (*batch, G, 1)):
     raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
                      f'{(*batch, G, N)}')
   if activation not in (None, *ACTIVATIONS):
     raise ValueError(f'activation {activation!r}; expected one of {", ".join(ACTIVATIONS)}')
-  y = _product(implementation, group, x, values, scale, x_scale)
+  y = _product(implementation, group, bits, x, values, scale, x_scale)
   if bias is not None:
     y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
   return y if activation is None else ACTIVATIONS[activation](y)
 
 
-def forms(group, x, values, scale, x_scale):
+def forms(group, bits, x, values, scale, x_scale):
   """Its Forms for these operands, the fastest first."""
-  del x, values, scale, x_scale
-  whole = lambda run: functools.partial(_run, run, group)
-  return [Form(whole(_xla), 'xla'), Form(whole(reference.int8_matmul), 'reference')]
+  del values, x_scale
+  native = functools.partial(_native, group, bits)
+  whole = lambda run: functools.partial(_unpacked, run, group, bits)
+  why_not = cpu.why_not(x, scale, group or x.shape[-1], bits)
+  return [Form(native, 'native', ('cpu',), why_not, local=True), Form(whole(_xla), 'xla'),
+          Form(whole(reference.int8_matmul), 'reference')]
 
 
-def _run(run, group, x, values, scale, x_scale):
-  return run(x, values, scale, group, x_scale)
+def _native(group, bits, x, values, scale, x_scale):
+  return cpu.int8_matmul(x, values, scale, group or x.shape[-1], bits, x_scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(implementation, group, x, values, scale, x_scale):
-  run = chosen('int8_matmul', forms(group, x, values, scale, x_scale), implementation)
+def _unpacked(run, group, bits, x, values, scale, x_scale):
+  return run(x, integers(values, bits, x.shape[-1]), scale, group, x_scale)
+
+
+def integers(values, bits, rows):
+  """Packed values as int8 [*E K N], K = `rows`."""
+  if bits == 8:
+    return values
+  return (unpack(values, bits, rows) ^ 8).astype(jnp.int8) - jnp.int8(8)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(implementation, group, bits, x, values, scale, x_scale):
+  run = chosen('int8_matmul', forms(group, bits, x, values, scale, x_scale), implementation)
   return run(x, values, scale, x_scale)
 
 
-def _forward(implementation, group, x, values, scale, x_scale):
-  return _product(implementation, group, x, values, scale, x_scale), (x, values, scale, x_scale)
+def _forward(implementation, group, bits, x, values, scale, x_scale):
+  return (_product(implementation, group, bits, x, values, scale, x_scale),
+          (x, values, scale, x_scale))
 
 
-def _backward(implementation, group, saved, g):
+def _backward(implementation, group, bits, saved, g):
   x, values, scale, x_scale = saved
+  values = integers(values, bits, x.shape[-1])
   group = group or values.shape[-2]
   rows = jnp.repeat(scale.astype(g.dtype), group, axis=-2)[..., :values.shape[-2], :]
   wide = values.astype(g.dtype)

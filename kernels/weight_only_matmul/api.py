@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.kernels.platforms.choice import Form, chosen
-from lean_jax.kernels.weight_only_matmul import reference
+from lean_jax.kernels.weight_only_matmul import cpu, reference
 from lean_jax.quantization.packing import unit
 
 
@@ -45,11 +45,16 @@ def weight_only_matmul(x, values, scale, zero, spec, *, implementation=None):
   return _product(implementation, spec, x, values, scale, zero)
 
 
-def forms(spec, x, values, scale):
-  """Its Forms for these operands."""
-  del values, scale, x
-  return [Form(functools.partial(_xla, spec), 'xla'),
+def forms(spec, x, scale, zero):
+  """Its Forms for these operands, the fastest first."""
+  return [Form(functools.partial(_native, spec), 'native', ('cpu',),
+               cpu.why_not(x, scale, zero, spec), local=True),
+          Form(functools.partial(_xla, spec), 'xla'),
           Form(functools.partial(_reference, spec), 'reference')]
+
+
+def _native(spec, x, values, scale, zero):
+  return cpu.weight_only_matmul(x, values, scale, zero, spec)
 
 
 def _reference(spec, x, values, scale, zero):
@@ -62,7 +67,7 @@ def _xla(spec, x, values, scale, zero):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(implementation, spec, x, values, scale, zero):
-  run = chosen('weight_only_matmul', forms(spec, x, values, scale), implementation)
+  run = chosen('weight_only_matmul', forms(spec, x, scale, zero), implementation)
   return run(x, values, scale, zero)
 
 

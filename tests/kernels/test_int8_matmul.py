@@ -3,10 +3,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lean_jax.kernels.int8_matmul import api, reference
+from lean_jax.kernels.int8_matmul import api, cpu, reference
+from lean_jax.kernels.native import library
+from lean_jax.quantization.packing import pack
+
+native = pytest.param('native', marks=pytest.mark.skipif(
+    library.why_not() is not None, reason=f'the native kernels: {library.why_not()}'))
 
 
 def operands(shape, seed=0, group=None):
@@ -19,11 +24,12 @@ def operands(shape, seed=0, group=None):
   return jnp.asarray(x), jnp.asarray(values), jnp.asarray(scale)
 
 
-@pytest.mark.parametrize('implementation', ['xla', None])
+@pytest.mark.parametrize('implementation', ['xla', None, native])
 @settings(deadline=None, max_examples=15)
 @given(st.tuples(st.integers(1, 9), st.integers(1, 33), st.integers(1, 9)),
        st.sampled_from([None, 1, 4, 8]), st.booleans(), st.integers(0, 2 ** 31 - 1))
 def test_an_implementation_equals_the_reference(implementation, shape, group, static, seed):
+  assume(implementation != 'native' or group != 1)      # not of it
   x, values, scale = operands(shape, seed, group)
   how = dict(group=group, x_scale=jnp.asarray(.02) if static else None)
   got = api.int8_matmul(x, values, scale, **how, implementation=implementation)
@@ -31,6 +37,54 @@ def test_an_implementation_equals_the_reference(implementation, shape, group, st
   want = reference.int8_matmul(x, values, scale, **how)
   most = float(jnp.abs(want).max())
   np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * most if group else 1e-30)
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
+@pytest.mark.parametrize('level', range(len(library.LEVELS)))
+@pytest.mark.parametrize('bits', [8, 4])
+@settings(deadline=None, max_examples=8)
+@given(st.tuples(st.sampled_from([1, 2, 5, 7, 13]), st.integers(1, 90), st.integers(1, 150)),
+       st.sampled_from([None, 8, 24, 64]), st.booleans(), st.integers(0, 2 ** 31 - 1))
+def test_every_level_of_the_native_kernel_equals_the_reference(level, bits, shape, group, static,
+                                                               seed):
+  x, values, scale = operands((2, *shape), seed, group)
+  top = 2 ** (bits - 1)
+  values = jnp.clip(values, -top, top - 1)
+  x_scale = jnp.asarray([.02, .03]) if static else None
+  got = cpu.int8_matmul(x, pack(values, bits), scale, group or shape[1], bits, x_scale, level)
+  want = reference.int8_matmul(x, values, scale, group, x_scale)
+  most = float(jnp.abs(want).max())
+  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * most)
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
+@pytest.mark.parametrize('level', range(len(library.LEVELS)))
+@pytest.mark.parametrize('M', [1, 3])
+def test_large_products_are_exact_in_their_integers_and_in_order(level, M):
+  # More columns than a span, more rows than are laid out at a time; the sums reach 2 ** 27.
+  x = jnp.full((M, 1100), 127.).at[:, ::3].set(-127.)
+  values = jnp.asarray(np.random.default_rng(0).integers(100, 128, (1100, 4170)), jnp.int8)
+  scale = jnp.arange(1., 4171.)[None]
+  got = cpu.int8_matmul(x, values, scale, 1100, 8, None, level)
+  exact = np.asarray(x, np.int64) @ np.asarray(values, np.int64)
+  np.testing.assert_array_equal(np.asarray(got), exact.astype(np.float32) * np.asarray(scale))
+
+
+@pytest.mark.parametrize('implementation', ['xla', native])
+def test_four_bits_are_the_same_codes_packed(implementation):
+  x, values, scale = operands((2, 3, 18, 5))
+  values = values // 16
+  got = api.int8_matmul(x, pack(values, 4), scale, bits=4, implementation=implementation)
+  np.testing.assert_allclose(got, reference.int8_matmul(x, values, scale), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize('implementation', ['xla', native])
+def test_nan_and_infinite_activations_reach_their_rows_alone(implementation):
+  x, values, scale = operands((4, 24, 70))
+  x = x.at[1, 2].set(jnp.nan).at[2, 5].set(jnp.inf).at[3].set(0.)
+  y = api.int8_matmul(x, values, scale, implementation=implementation)
+  assert np.isnan(y[1]).all() and np.isnan(y[2]).all() and not np.any(y[3])
+  assert np.isfinite(y[0]).all()
 
 
 def test_the_reference_is_the_float64_product_of_the_rounded_rows():
@@ -58,23 +112,17 @@ def test_gradients_pass_straight_through_the_rounding_of_x(group):
   np.testing.assert_allclose(ds, want, rtol=2e-5, atol=1e-2)
 
 
-def test_a_nan_reaches_the_product_and_a_row_of_zeros_is_zero():
-  x, values, scale = operands((3, 8, 4))
-  y = api.int8_matmul(x.at[1, 2].set(jnp.nan).at[2].set(0.), values, scale)
-  assert bool(jnp.all(jnp.isnan(y[1]))) and bool(jnp.all(y[2] == 0))
-  assert bool(jnp.all(jnp.isfinite(y[0])))
-
-
 @pytest.mark.parametrize('change', [
     lambda x, v, s: (x[:, :-1], v, s), lambda x, v, s: (x, v, s[:, :-1]),
-    lambda x, v, s: (x[0], v, s), lambda x, v, s: (x, v.astype(jnp.int32), s)])
+    lambda x, v, s: (x[0], v, s), lambda x, v, s: (x, v.astype(jnp.int32), s),
+    lambda x, v, s: (x, v.astype(jnp.uint8), s)])
 def test_operands_that_do_not_fit_are_refused(change):
   with pytest.raises(ValueError, match='expected'):
     api.int8_matmul(*change(*operands((3, 8, 4))))
 
 
 def test_an_unknown_implementation_is_refused():
-  with pytest.raises(ValueError, match='there are: xla, reference'):
+  with pytest.raises(ValueError, match='there are: native, xla, reference'):
     api.int8_matmul(*operands((3, 8, 4)), implementation='fast')
   with pytest.raises(ValueError, match='expected one of relu'):
     api.int8_matmul(*operands((3, 8, 4)), activation='tanh')

@@ -4,11 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lean_jax.kernels.weight_only_matmul import api, reference
+from lean_jax.kernels.native import library
+from lean_jax.kernels.weight_only_matmul import api, cpu, reference
 from lean_jax.quantization import formats
 from lean_jax.quantization.packing import pack
 from lean_jax.quantization.spec import parse_spec
 
+native = pytest.mark.skipif(library.why_not() is not None,
+                            reason=f'the native kernels: {library.why_not()}')
 SCHEMES = ('w8a16', 'w4a16-g8', 'w4a16-g8-asym', 'w3a16-g8', 'w2a16-g8', 'nf4-g16', 'nf4-g8-dq',
            'fp4-g8', 'fp8', 'w1.58a16', 'w1a16', 'mxfp4')
 
@@ -36,6 +39,41 @@ def test_an_implementation_equals_the_reference(scheme, shape):
     np.testing.assert_allclose(got, want, atol=bound, rtol=0)
 
 
+@native
+@pytest.mark.parametrize('level', range(len(library.LEVELS)))
+@pytest.mark.parametrize('scheme', ['w8a16', 'w8a16-g32-asym', 'w4a16-g32', 'w4a16-g32-asym',
+                                    'w2a16-g32', 'nf4-g32-dq', 'fp4-g32', 'mxfp4', 'w4a16-tensor'])
+def test_every_level_of_the_native_kernel_equals_the_reference(level, scheme):
+  # Few rows and many, columns past a panel, a last group that is shorter.
+  for shape in ((1, 136, 70), (3, 100, 64), (2, 7, 65, 130)):
+    if scheme == 'mxfp4' and shape[-2] % 16:
+      continue
+    x, values, scale, zero, spec = operands(scheme, shape)
+    got = cpu.weight_only_matmul(x, values, scale, zero, spec, level)
+    want = reference.weight_only_matmul(x, values, scale, zero, spec)
+    # K products of float32 in another order; of a zero point, products with codes up to 2 ** bits
+    bound = 2. ** -23 * x.shape[-1] ** .5 * 8 * float(jnp.abs(want).max())
+    np.testing.assert_allclose(got, want, atol=bound, rtol=0)
+
+
+@native
+def test_rows_and_columns_past_a_part_are_summed():
+  for scheme, M in (('w4a16-g64', 1), ('nf4-g64', 4), ('w8a16', 1)):
+    given = operands(scheme, (M, 600, 4170))
+    want = reference.weight_only_matmul(*given)
+    got = api.weight_only_matmul(*given, implementation='native')
+    np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()), rtol=0)
+
+
+@native
+def test_it_is_batched_and_differentiated_as_xla_is():
+  x, values, scale, _, spec = operands('w4a16-g8', (2, 3, 16, 6))
+  one = lambda x, v, s: jnp.sum(api.weight_only_matmul(x, v, s, None, spec) ** 2)
+  each = jax.vmap(jax.grad(one))(x, values, scale)
+  want = [jax.grad(one)(x[k], values[k], scale[k]) for k in range(2)]
+  np.testing.assert_allclose(each, jnp.stack(want), rtol=1e-5)
+
+
 @pytest.mark.parametrize('scheme', ['w4a16-g8-asym', 'nf4-g8-dq', 'w8a16'])
 def test_gradients_are_those_of_the_weight_written_out(scheme):
   x, values, scale, zero, spec = operands(scheme)
@@ -58,5 +96,7 @@ def test_operands_that_do_not_fit_are_refused(change, match):
 
 
 def test_what_does_not_run_here_says_what_does():
-  with pytest.raises(ValueError, match="no implementation 'fast'; there are: xla, reference"):
+  with pytest.raises(ValueError, match="'fast'; there are: native, xla, reference"):
     api.weight_only_matmul(*operands('w4a16-g8'), implementation='fast')
+  with pytest.raises(ValueError, match='fp8 is not of 2, 4, 8 bits .*; here there are: xla'):
+    api.weight_only_matmul(*operands('fp8'), implementation='native')

@@ -1,0 +1,39 @@
+"""int8_matmul on a CPU: the compiled kernel, which rounds the activations itself."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lean_jax.kernels.native import library
+
+_MOST = 65_000                # rows of a group, whose sums must fit 32 bits
+SCALES = (jnp.float32, jnp.bfloat16)
+
+
+def why_not(x, scale, group, bits):
+  """None, or why it does not take these operands."""
+  step = 8 if bits == 4 else 4
+  if group < x.shape[-1] and group % step:
+    return f'groups of {group} rows are no multiple of {step}'
+  if group > _MOST:
+    return f'groups of {group} rows, more than {_MOST}'
+  if scale.dtype not in SCALES or x.dtype == jnp.float64:
+    return f'scales are {scale.dtype} and activations {x.dtype}'
+  return library.why_not()
+
+
+def int8_matmul(x, values, scale, group, bits, x_scale=None, level=-1):
+  """[*E M N] float32; operands as of `api.int8_matmul`.
+
+  Args:
+    group: rows of a group; K if there is one.
+    bits: of a code.
+    level: index of `library.LEVELS`, the most that is used; -1 is all that there is.
+  """
+  flat = lambda a: a.reshape(-1, *a.shape[-2:])
+  *batch, M, _ = x.shape
+  fixed = jnp.zeros(0) if x_scale is None else x_scale.reshape(-1)
+  y = jax.ffi.ffi_call('lean_integer', jax.ShapeDtypeStruct(
+      (flat(x).shape[0], M, values.shape[-1]), jnp.float32), vmap_method='sequential')(
+          flat(x).astype(jnp.float32), flat(values), flat(scale), fixed.astype(jnp.float32),
+          bits=np.int64(bits), group=np.int64(group), level=np.int64(level))
+  return y.reshape(*batch, M, -1)

@@ -1,0 +1,46 @@
+"""The compiled kernels, as targets that XLA:CPU calls."""
+import ctypes
+import functools
+import pathlib
+
+import jax
+
+TARGETS = dict(lean_integer='LeanInteger', lean_floating='LeanFloating')
+LEVELS = ('C++', 'AVX2', 'AVX512-VNNI')
+
+
+@functools.cache
+def opened():
+  """(library, None), its targets registered, or (None, why there is none)."""
+  found = sorted(pathlib.Path(__file__).parent.glob('_lean*.so'))
+  if not found:
+    return None, ('was not built: where lean_jax was installed no C++ compiler was found; install '
+                  'one, and lean_jax again')
+  why = None
+  for path in found:            # of several versions of Python; none of them asks which
+    try:
+      library = ctypes.CDLL(str(path))
+      for target, symbol in TARGETS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)),
+                                    platform='cpu')
+      return library, None
+    except Exception as error:  # whatever it is, products are then XLA's
+      why = f'does not load ({path.name}: {error}); install lean_jax again'
+  return None, why
+
+
+def why_not():
+  """None, or why the native kernels do not run, in words that follow their name."""
+  return opened()[1]
+
+
+def level():
+  """What instructions they use on this CPU, of LEVELS.
+
+  Raises:
+    ValueError: they do not run here.
+  """
+  library, why = opened()
+  if library is None:
+    raise ValueError(f'the native kernels: {why}')
+  return LEVELS[library.LeanLevel()]
