@@ -139,9 +139,10 @@ INLINE float RoundRow(const float* x, int64_t K, const float* fixed, int8_t* out
     top = size > top ? size : top;
   }
   const float step = nan ? std::numeric_limits<float>::quiet_NaN()
-                         : fixed ? *fixed : top == 0 ? 1.f : top / 127;
+                         : fixed ? *fixed : top == 0 ? 1.f : top * (1.f / 127);
+  const float inverse = 1 / step;
   for (int64_t k = 0; k < K; ++k) {
-    const float unit = std::nearbyint(x[k] / step);
+    const float unit = std::nearbyint(x[k] * inverse);
     const float kept = unit > -127 ? unit < 127 ? unit : 127.f : -127.f;      // of NaN: -127
     out[k] = static_cast<int8_t>(unit == unit ? kept : 0.f);
   }
