@@ -74,7 +74,7 @@ def test_operands_that_do_not_fit_are_refused(change):
 
 
 def test_an_unknown_implementation_is_refused():
-  with pytest.raises(ValueError, match='there are: xla, reference'):
+  with pytest.raises(ValueError, match='there are: pallas, xla, reference'):
     api.int8_matmul(*operands((3, 8, 4)), implementation='fast')
   with pytest.raises(ValueError, match='expected one of relu'):
     api.int8_matmul(*operands((3, 8, 4)), activation='tanh')
