@@ -13,7 +13,8 @@ from lean_jax.kernels.platforms.choice import Form, chosen
 ACTIVATIONS = dict(relu=jax.nn.relu, silu=jax.nn.silu, gelu=jax.nn.gelu)
 
 
-LAYOUTS = dict(packed='int8 [*E K N]', int4='int4 [*E K N]', columns='int8 [*E N K]')
+# The dtypes that values may have in a layout of `quantization.layouts`, a code an element.
+LAYOUTS = dict(packed=('int8',), int4=('int2', 'int4', 'int8'), columns=('int8',))
 
 
 def _xla(x, values, scale, x_scale, group):
@@ -42,14 +43,14 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activa
 
   Args:
     x: [*E M K], float.
-    values: [*E K N], int8; or as `layout` says.
+    values: [*E K N], int8; of layout 'int4' jnp.int2 or int4 too; of 'columns' [*E N K].
     scale: [*E G N] or [*E G 1], float: of each group of rows of values, and of each column or of
       all.
     group: rows of a group, the last may be shorter; None is all of them, G = 1.
     x_scale: None, or [*E], the step to which all rows of x are rounded instead of their own.
     bias: None, or [N] or [*E 1 N], float: added to the product.
     activation: None, or one of ACTIVATIONS, of the product and the bias.
-    layout: one of LAYOUTS, which says what values are.
+    layout: one of LAYOUTS, how values lie in memory.
     dtype: of the result; everything before it is float32.
     implementation: None is the fastest that the platform has for these operands; or 'pallas' (a
       kernel, on TPUs with int8 units), 'xla', or 'reference' (slow; for tests).
@@ -63,8 +64,9 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activa
   """
   if layout not in LAYOUTS:
     raise ValueError(f'layout {layout!r}; expected one of {", ".join(LAYOUTS)}')
-  if values.dtype != LAYOUTS[layout].split()[0]:
-    raise ValueError(f'values are {values.dtype}; expected {LAYOUTS[layout]} of layout {layout!r}')
+  if values.dtype not in LAYOUTS[layout]:
+    raise ValueError(f'values are {values.dtype}; expected {" or ".join(LAYOUTS[layout])}, as '
+                     f'layout {layout!r} has them')
   *batch, K, N = _logical(values.shape, layout)
   if x.ndim != values.ndim or x.shape[:-2] != tuple(batch) or x.shape[-1] != K:
     raise ValueError(f'x {x.shape} does not fit values {values.shape}; expected [*E M {K}]')
@@ -113,7 +115,7 @@ def _why_no_kernel(how, x, values):
 
 
 def _pallas(how, x, values, scale, x_scale, bias):
-  from lean_jax.kernels.int8_matmul import tpu             # Pallas, where a TPU runs it
+  from lean_jax.kernels.int8_matmul import tpu  # Pallas, where a TPU runs it
   return tpu.int8_matmul(x, values, scale, x_scale, bias, group=how.group, dtype=how.dtype,
                          activation=how.activation and ACTIVATIONS[how.activation])
 

@@ -1,9 +1,10 @@
-"""int8_matmul on a TPU (Pallas, Mosaic): tiles of the product in VMEM, what follows it at their end.
+"""int8_matmul on a TPU (Pallas, Mosaic): tiles of the product in VMEM, and what follows it there.
 
 A step multiplies a tile of x with one of the values on the int8 units. Without groups the sums are
-int32 to the end; with groups each one's int32 sum meets its scale. Beyond the edge: rows and columns
-are never written, and along K the codes of x are padded with zeros, so that whatever is read of the
-values there counts for nothing.
+int32 to the end; with groups each one's int32 sum meets its scale.
+
+Beyond the edge: rows and columns are never written, and along K the codes of x are padded with
+zeros, so that whatever is read of the values there counts for nothing.
 """
 import functools
 import math

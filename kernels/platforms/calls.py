@@ -1,4 +1,4 @@
-"""Calls of the ops with a TPU kernel, by the numbers that a request names: for tuning and tables."""
+"""Calls of the ops that have a TPU kernel, by the numbers of a request: to tune, and for tables."""
 import functools
 from collections.abc import Callable
 from typing import NamedTuple

@@ -52,7 +52,7 @@ def tpu():
   """The pltpu.TpuInfo of the TPU that a program is traced for; None if that is no TPU we know."""
   if platform() != 'tpu' or kind() not in KINDS:
     return None
-  from jax.experimental.pallas import tpu as pltpu         # 0.3 s that a CPU has no use for
+  from jax.experimental.pallas import tpu as pltpu  # 0.3 s that a CPU has no use for
   return pltpu.get_tpu_info()
 
 

@@ -8,7 +8,8 @@ where units wait for each other or for memory. So no time is taken to be less th
 that multiply need at their peak, nor than what the bytes of the call need at the bandwidth.
 
 The dump is asked for in the environment before libtpu loads, and is in files; so programs are
-compiled by a worker process, `python -m lean_jax.kernels.platforms.schedule`, one JSON request a line.
+compiled by a worker process, `python -m lean_jax.kernels.platforms.schedule`, which reads a JSON
+request a line.
 """
 import json
 import os
@@ -130,8 +131,7 @@ def read(folder, name):
   ours = next((k for k in kernels if k.split('.')[0] == name), None)
   text = ''.join(f.read_text() for f in folder.glob(f'*-{ours}-*-final_bundles.txt')
                  if 'schedule-analysis' not in f.name) if ours else ''
-  units = [u.split('.')[:2] for u in re.findall(r'\bvmatmul[.\w]*', text)]
-  units = ['.'.join(u) for u in units]
+  units = re.findall(r'\bvmatmul(?:\.mubr)?\.[a-z]+\d+', text)
   return dict(kernels=kernels, bundles=kernels.get(ours), spills=spills.get(ours),
               units={u: units.count(u) for u in sorted(set(units))})
 

