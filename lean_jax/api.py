@@ -32,6 +32,7 @@ from lean_jax.quantization import mixed, rotation
 from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
+from lean_jax.weights.prepared import refuse_prepared
 
 FORMATS = ('lean', 'hf', 'gguf', *formats.FORMATS)
 
@@ -201,6 +202,7 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   """
   if format not in FORMATS:
     raise InputError(f'no format {format!r}; there are: {", ".join(FORMATS)}')
+  refuse_prepared(model.params)
   if format == 'gguf':
     if extra:
       raise InputError('a GGUF file has no other files in it; leave extra out')

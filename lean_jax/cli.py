@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 
-from lean_jax import console, shrink
+from lean_jax import console, shrink, tune
 from lean_jax.errors import InputError, LeanError, Preempted
 from lean_jax.version import __version__
 
@@ -70,6 +70,10 @@ def _parser():
   p = verb('quantize', _quantize, 'round the matrices of a model to few bits',
            'lean-jax quantize DIR OUT --scheme w4a16-g64 --method gptq --calibration stories.jsonl')
   shrink.add_arguments(p)
+  p = verb('tune', _tune, 'tiles of the TPU kernels, by the schedule of the compiler, with no TPU',
+           'lean-jax tune --device v5e --op int8_matmul --m 4096 --k 4096 --n 4096 --out v5e.json',
+           folder=False)
+  tune.add_arguments(p)
   return parser
 
 
@@ -161,6 +165,10 @@ def _generate(arguments, _):
 
 def _quantize(arguments, _):
   shrink.run(arguments, _console)
+
+
+def _tune(arguments, _):
+  tune.run(arguments, _console)
 
 
 def _console():

@@ -1,19 +1,26 @@
 """int8_matmul: float activations, rounded to 8 bits row by row, times 8-bit weights."""
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lean_jax.kernels.grouped_matmul import api as grouped
 from lean_jax.kernels.int8_matmul import cpu, reference
+from lean_jax.kernels.platforms import device
 from lean_jax.kernels.platforms.choice import Form, chosen
 from lean_jax.quantization.packing import unpack
 
 ACTIVATIONS = dict(relu=jax.nn.relu, silu=jax.nn.silu, gelu=jax.nn.gelu)
 
 
-def _xla(x, values, scale, group, x_scale):
+# The dtypes that values may have in a layout of `quantization.layouts`; uint8 is two codes a byte.
+LAYOUTS = dict(packed=('int8', 'uint8'), int4=('int2', 'int4', 'int8'), columns=('int8',))
+
+
+def _xla(x, values, scale, x_scale, group):
   codes, row_scale = reference.quantize_rows(x, x_scale)
+  values = values.astype(jnp.int8)
   if group is None:
     total = jnp.matmul(codes, values, preferred_element_type=jnp.int32)
     return total.astype(jnp.float32) * row_scale * scale.astype(jnp.float32)
@@ -28,8 +35,8 @@ def _xla(x, values, scale, group, x_scale):
   return jnp.sum(total.astype(jnp.float32) * wide, axis=-3) * row_scale
 
 
-def int8_matmul(x, values, scale, *, group=None, bits=8, x_scale=None, bias=None, activation=None,
-                implementation=None):
+def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activation=None,
+                layout='packed', dtype=jnp.float32, implementation=None):
   """x @ (values * scale) with x rounded to 8 bits, one range a row, and int32 accumulation.
 
   The scheme is that of Dettmers et al. 2022 (arXiv:2208.07339), section 2.1, 'vector-wise'.
@@ -37,87 +44,153 @@ def int8_matmul(x, values, scale, *, group=None, bits=8, x_scale=None, bias=None
 
   Args:
     x: [*E M K], float.
-    values: [*E K N], int8; of four bits [*E ceil(K / 2) N] uint8, packed as
-      `quantization.packing.pack` does.
+    values: [*E K N], int8; or codes of four bits, [*E ceil(K / 2) N] uint8, packed as
+      `quantization.packing.pack` does; of layout 'int4' jnp.int2 or int4 too; of 'columns'
+      [*E N K].
     scale: [*E G N] or [*E G 1], float: of each group of rows of values, and of each column or of
       all.
     group: rows of a group, the last may be shorter; None is all of them, G = 1.
-    bits: of values, 8 or 4.
     x_scale: None, or [*E], the step to which all rows of x are rounded instead of their own.
     bias: None, or [N] or [*E 1 N], float: added to the product.
     activation: None, or one of ACTIVATIONS, of the product and the bias.
-    implementation: None is the fastest that the platform has for these operands; or 'xla', or
-      'reference' (slow; for tests).
+    layout: one of LAYOUTS, how values lie in memory.
+    dtype: of the result; everything before it is float32.
+    implementation: None is the fastest that the platform has for these operands; or 'native' (a
+      kernel, on CPUs), 'pallas' (on TPUs with int8 units), 'xla', or 'reference' (slow; for tests).
 
   Returns:
-    [*E M N], float32.
+    [*E M N], in dtype.
 
   Raises:
-    ValueError: shapes or dtypes do not fit, or an implementation or activation that is not there or
-      does not run here.
+    ValueError: shapes or dtypes do not fit, or an implementation, layout or activation that is not
+      there or does not run here.
   """
-  kinds = {8: jnp.int8, 4: jnp.uint8}
-  if bits not in kinds or values.dtype != kinds[bits]:
-    raise ValueError(f'values are {values.dtype} of {bits} bits; expected int8 of 8, or uint8 of '
-                     '4, two codes in a byte along the axis that is summed over')
-  *batch, _, N = values.shape
-  K = x.shape[-1]
-  rows = K if bits == 8 else (K + 1) // 2
-  if x.ndim != values.ndim or x.shape[:-2] != tuple(batch) or values.shape[-2] != rows:
-    raise ValueError(f'x {x.shape} does not fit values {values.shape} of {bits} bits; expected '
-                     f'values [*E {rows} N] for it')
+  if layout not in LAYOUTS:
+    raise ValueError(f'layout {layout!r}; expected one of {", ".join(LAYOUTS)}')
+  if values.dtype not in LAYOUTS[layout]:
+    raise ValueError(f'values are {values.dtype}; expected {" or ".join(LAYOUTS[layout])}, as '
+                     f'layout {layout!r} has them')
+  *batch, rows, N = _logical(values.shape, layout)
+  K = x.shape[-1] if x.ndim else 0
+  if x.ndim != values.ndim or x.shape[:-2] != tuple(batch) or rows != _rows_of(K, values):
+    raise ValueError(f'x {x.shape} does not fit values {values.shape}; expected '
+                     f'[*E M {rows if values.dtype != jnp.uint8 else 2 * rows}]')
   G = -(-K // group) if group else 1
   if scale.shape not in ((*batch, G, N), (*batch, G, 1)):
     raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
                      f'{(*batch, G, N)}')
   if activation not in (None, *ACTIVATIONS):
     raise ValueError(f'activation {activation!r}; expected one of {", ".join(ACTIVATIONS)}')
-  y = _product(implementation, group, bits, x, values, scale, x_scale)
   if bias is not None:
-    y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-  return y if activation is None else ACTIVATIONS[activation](y)
+    if bias.shape not in ((N,), (*batch, 1, N)):
+      raise ValueError(f'bias {bias.shape} does not fit values {values.shape}; expected {(N,)} or '
+                       f'{(*batch, 1, N)}')
+    bias = bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+  how = How(implementation, group, layout, activation, jnp.dtype(dtype).name)
+  return _product(how, x, values, scale, x_scale, bias)
 
 
-def forms(group, bits, x, values, scale, x_scale):
+class How(NamedTuple):
+  """The arguments of a call that are no arrays."""
+  implementation: str | None
+  group: int | None
+  layout: str
+  activation: str | None
+  dtype: str
+
+
+def forms(how, x, values, scale):
   """Its Forms for these operands, the fastest first."""
-  del values, x_scale
-  native = functools.partial(_native, group, bits)
-  whole = lambda run: functools.partial(_unpacked, run, group, bits)
-  why_not = cpu.why_not(x, scale, group or x.shape[-1], bits)
-  return [Form(native, 'native', ('cpu',), why_not, local=True), Form(whole(_xla), 'xla'),
-          Form(whole(reference.int8_matmul), 'reference')]
+  written = lambda run: functools.partial(_unfused, run, how)
+  why = _why_no_kernel(how, x, values)
+  why_not = cpu.why_not(x, values, scale, how.group or x.shape[-1], how.layout)
+  return [Form(written(_native), 'native', ('cpu',), why_not, local=True),
+          Form(functools.partial(_pallas, how), 'pallas', ('tpu',), why, local=True),
+          Form(written(_xla), 'xla'), Form(written(reference.int8_matmul), 'reference')]
 
 
-def _native(group, bits, x, values, scale, x_scale):
-  return cpu.int8_matmul(x, values, scale, group or x.shape[-1], bits, x_scale)
+def _why_no_kernel(how, x, values):
+  """None, or why the TPU kernel does not take these operands."""
+  why = device.why_no_int8()
+  if why is None and values.dtype == jnp.uint8:
+    why = "takes codes of four bits in layout 'int4' (lean_jax.weights.prepared)"
+  if why is None and how.layout == 'columns':
+    why = "takes layouts 'packed' and 'int4'; 'columns' is for GPUs"
+  if why is None and how.group and how.group % 32:
+    why = f'takes groups of multiples of 32 rows, and these have {how.group}'
+  if why is None and 0 in (*x.shape, *values.shape):
+    why = f'has nothing to multiply in {x.shape} and {values.shape}'
+  return why
 
 
-def _unpacked(run, group, bits, x, values, scale, x_scale):
-  return run(x, integers(values, bits, x.shape[-1]), scale, group, x_scale)
+def _pallas(how, x, values, scale, x_scale, bias):
+  from lean_jax.kernels.int8_matmul import tpu  # Pallas, where a TPU runs it
+  return tpu.int8_matmul(x, values, scale, x_scale, bias, group=how.group, dtype=how.dtype,
+                         activation=how.activation and ACTIVATIONS[how.activation])
 
 
-def integers(values, bits, rows):
-  """Packed values as int8 [*E K N], K = `rows`."""
-  if bits == 8:
-    return values
-  return (unpack(values, bits, rows) ^ 8).astype(jnp.int8) - jnp.int8(8)
+def _native(x, values, scale, x_scale, group):
+  return cpu.int8_matmul(x, values, scale, group or x.shape[-1], x_scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(implementation, group, bits, x, values, scale, x_scale):
-  run = chosen('int8_matmul', forms(group, bits, x, values, scale, x_scale), implementation)
-  return run(x, values, scale, x_scale)
+def _unfused(run, how, x, values, scale, x_scale, bias):
+  if run is not _native:
+    values = _integers(how, values, x.shape[-1])
+  return _end(how, run(x, values, scale, x_scale, how.group), bias)
 
 
-def _forward(implementation, group, bits, x, values, scale, x_scale):
-  return (_product(implementation, group, bits, x, values, scale, x_scale),
-          (x, values, scale, x_scale))
+def _rows_of(K, values):
+  """Rows of values for K of the weight."""
+  return (K + 1) // 2 if values.dtype == jnp.uint8 else K
 
 
-def _backward(implementation, group, bits, saved, g):
-  x, values, scale, x_scale = saved
-  values = integers(values, bits, x.shape[-1])
-  group = group or values.shape[-2]
+def _integers(how, values, rows):
+  """Values as [*E K N], an element a code; K = `rows`."""
+  if values.dtype == jnp.uint8:
+    return (unpack(values, 4, rows) ^ 8).astype(jnp.int8) - jnp.int8(8)
+  return jnp.swapaxes(values, -1, -2) if how.layout == 'columns' else values
+
+
+def _end(how, y, bias):
+  """The product with what follows it."""
+  if bias is not None:
+    y = y + bias.astype(y.dtype)
+  y = y if how.activation is None else ACTIVATIONS[how.activation](y)
+  return y.astype(how.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(how, x, values, scale, x_scale, bias):
+  run = chosen('int8_matmul', forms(how, x, values, scale), how.implementation)
+  return run(x, values, scale, x_scale, bias)
+
+
+def _forward(how, x, values, scale, x_scale, bias):
+  """The product alone where an activation's slope is needed; it is the same function."""
+  if how.activation is None:
+    return _product(how, x, values, scale, x_scale, bias), (x, values, scale, x_scale, bias, None)
+  alone = how._replace(activation=None, dtype='float32')
+  product = _product(alone, x, values, scale, x_scale, None)
+  return _end(how, product, bias), (x, values, scale, x_scale, bias, product)
+
+
+def _backward(how, saved, g):
+  x, values, scale, x_scale, bias, product = saved
+  if product is None:
+    g, dbias = g.astype(jnp.float32), bias
+    if bias is not None:
+      dbias = _summed_to(g, bias)
+  else:
+    _, pull = jax.vjp(lambda y, b: _end(how, y, b), product, bias)
+    g, dbias = pull(g)
+  dx, dscale = _of_product(how, x, values, scale, x_scale, g)
+  return dx, None, dscale, None if x_scale is None else jnp.zeros_like(x_scale), dbias
+
+
+def _of_product(how, x, values, scale, x_scale, g):
+  """The gradients of x and scale, from that of the product, float32."""
+  values = _integers(how, values, x.shape[-1])
+  group = how.group or values.shape[-2]
   rows = jnp.repeat(scale.astype(g.dtype), group, axis=-2)[..., :values.shape[-2], :]
   wide = values.astype(g.dtype)
   dx = jnp.matmul(g, jnp.swapaxes(wide * rows, -1, -2)).astype(x.dtype)
@@ -127,7 +200,18 @@ def _backward(implementation, group, bits, saved, g):
   dscale = _sum_of_groups(each, group)
   if scale.shape[-1] == 1:
     dscale = jnp.sum(dscale, axis=-1, keepdims=True)
-  return dx, None, dscale.astype(scale.dtype), None if x_scale is None else jnp.zeros_like(x_scale)
+  return dx, dscale.astype(scale.dtype)
+
+
+def _summed_to(g, bias):
+  """g [*E M N] summed over the axes that `bias`, of the same rank, does not have."""
+  axes = [k for k, n in enumerate(bias.shape) if n == 1 and g.shape[k] != 1]
+  return jnp.sum(g, axis=axes, keepdims=True).astype(bias.dtype)
+
+
+def _logical(shape, layout):
+  """[*E K N], whatever the layout."""
+  return (*shape[:-2], shape[-1], shape[-2]) if layout == 'columns' else shape
 
 
 def _sum_of_groups(x, group):

@@ -9,9 +9,11 @@ _MOST = 65_000                # rows of a group, whose sums must fit 32 bits
 SCALES = (jnp.float32, jnp.bfloat16)
 
 
-def why_not(x, scale, group, bits):
+def why_not(x, values, scale, group, layout):
   """None, or why it does not take these operands."""
-  step = 8 if bits == 4 else 4
+  if layout != 'packed':
+    return f"takes layout 'packed', and this is {layout!r}"
+  step = 8 if values.dtype == jnp.uint8 else 4
   if group < x.shape[-1] and group % step:
     return f'groups of {group} rows are no multiple of {step}'
   if group > _MOST:
@@ -21,12 +23,11 @@ def why_not(x, scale, group, bits):
   return library.why_not()
 
 
-def int8_matmul(x, values, scale, group, bits, x_scale=None, level=-1):
+def int8_matmul(x, values, scale, group, x_scale=None, level=-1):
   """[*E M N] float32; operands as of `api.int8_matmul`.
 
   Args:
     group: rows of a group; K if there is one.
-    bits: of a code.
     level: index of `library.LEVELS`, the most that is used; -1 is all that there is.
   """
   flat = lambda a: a.reshape(-1, *a.shape[-2:])
@@ -35,5 +36,6 @@ def int8_matmul(x, values, scale, group, bits, x_scale=None, level=-1):
   y = jax.ffi.ffi_call('lean_integer', jax.ShapeDtypeStruct(
       (flat(x).shape[0], M, values.shape[-1]), jnp.float32), vmap_method='sequential')(
           flat(x).astype(jnp.float32), flat(values), flat(scale), fixed.astype(jnp.float32),
-          bits=np.int64(bits), group=np.int64(group), level=np.int64(level))
+          bits=np.int64(4 if values.dtype == jnp.uint8 else 8), group=np.int64(group),
+          level=np.int64(level))
   return y.reshape(*batch, M, -1)

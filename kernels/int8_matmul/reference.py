@@ -28,7 +28,7 @@ def quantize_rows(x, scale=None):
   return jnp.clip(jnp.nan_to_num(codes), -127, 127).astype(jnp.int8), step
 
 
-def int8_matmul(x, values, scale, group=None, x_scale=None):
+def int8_matmul(x, values, scale, x_scale=None, group=None):
   """See api.int8_matmul."""
   codes, row_scale = quantize_rows(x, x_scale)
   K = values.shape[-2]

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 from jax import lax
 
+from lean_jax.kernels.platforms import device
+
 PLATFORMS = ('cpu', 'tpu', 'cuda')
 
 
@@ -67,7 +69,7 @@ def _named(op, forms, name):
   if not of:
     raise ValueError(f'{op} has no implementation {name!r}; there are: '
                      f'{", ".join(dict.fromkeys(f.name for f in forms))}')
-  here = dict(gpu='cuda').get(jax.default_backend(), jax.default_backend())
+  here = device.platform()
   able = [f for f in of if here in f.platforms and f.why_not is None]
   if able:
     return able[0].run

@@ -4,83 +4,129 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lean_jax.kernels.platforms import device
 from lean_jax.kernels.platforms.choice import Form, chosen
 from lean_jax.kernels.weight_only_matmul import cpu, reference
-from lean_jax.quantization.packing import unit
+from lean_jax.quantization import layouts
 
 
-def weight_only_matmul(x, values, scale, zero, spec, *, implementation=None):
-  """x @ w, w being what the packed codes stand for.
+def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', implementation=None):
+  """x @ w, w being what the codes stand for.
 
   Gradients reach x, and scale where it is an array of floats.
 
   Args:
     x: [*E M K], float.
-    values: [*E ceil(K * bits / 8) N], uint8, packed as `quantization.packing.pack` does; int8 or
-      uint8 codes if they have 8 bits.
+    values: the codes in `layout`: 'packed', [*E ceil(K * bits / 8) N], uint8, as
+      `quantization.packing.pack` does, int8 or uint8 codes if they have 8 bits; 'int4', [*E K N],
+      jnp.int2, int4 or int8; 'columns', [*E N ceil(K * bits / 8)]. See `quantization.layouts`.
     scale: [*E G N] or [*E G 1], groups of rows as spec says; or quantization.nested.Nested.
     zero: as scale, or None where spec is symmetric.
     spec: QuantSpec.
-    implementation: None is the fastest that the platform has for these operands; 'xla' writes the
-      weight out in x's dtype; 'reference' in float32.
+    layout: one of `quantization.layouts.LAYOUTS`.
+    implementation: None is the fastest that the platform has for these operands; 'native' is a
+      kernel on CPUs, 'pallas' one on TPUs; 'xla' writes the weight out in x's dtype; 'reference'
+      in float32.
 
   Returns:
     [*E M N], in x's dtype; sums in float32.
 
   Raises:
-    ValueError: shapes or dtypes do not fit, or an implementation that is not there or does not run
-      here.
+    ValueError: shapes or dtypes do not fit, or an implementation or layout that is not there or
+      does not run here.
   """
+  layouts.check(layout, spec)
   *batch, _, K = x.shape
-  each, size = unit(spec.bits)
-  rows = -(-K // each) * size
-  if values.ndim != x.ndim or values.shape[:-1] != (*batch, rows):
+  N = values.shape[-2 if layout == 'columns' else -1] if values.ndim >= 2 else 0
+  expected = layouts.shape(batch, K, N, spec, layout)
+  if values.shape != expected:
+    letters = 'N {}' if layout == 'columns' else '{} N'
+    rows = expected[-1] if layout == 'columns' else expected[-2]
     raise ValueError(f'values {values.shape} do not fit x {x.shape}; {spec} packs {K} rows of the '
-                     f'axis that is summed over into {rows}: expected {(*batch, rows, "N")}')
-  N, G = values.shape[-1], -(-K // spec.group) if spec.group else 1
+                     f'axis that is summed over into {rows}: expected '
+                     f'{(*batch, *letters.format(rows).split())} of layout {layout!r}')
+  if layout == 'int4' and values.dtype != layouts.element(spec):
+    raise ValueError(f'values are {values.dtype}; expected {layouts.element(spec)}, as layout '
+                     f"'int4' has {spec}")
+  G = -(-K // spec.group) if spec.group else 1
   fits = [(*batch, 1, 1)] if spec.tensor else [(*batch, G, N), (*batch, G, 1)]
   if tuple(scale.shape) not in fits or (zero is not None and zero.shape != scale.shape):
     raise ValueError(f'scale {tuple(scale.shape)} does not fit values {values.shape} of {spec}; '
                      f'expected {fits[0]}, and zero the same')
-  return _product(implementation, spec, x, values, scale, zero)
+  return _product(implementation, spec, layout, x, values, scale, zero)
 
 
-def forms(spec, x, scale, zero):
-  """Its Forms for these operands, the fastest first."""
+def forms(spec, layout, x, values, scale, zero):
+  """Its Forms for these operands, the fastest first.
+
+  XLA is a TPU's fastest form of a weight with one scale a column: it multiplies by what it widens
+  on the way, and writes nothing out. Tables (nf4, ...) in a kernel are slower than a float weight,
+  since the vector units look them up one by one: XLA writes such a weight out once a use.
+  """
+  pallas = functools.partial(_pallas, spec)
   return [Form(functools.partial(_native, spec), 'native', ('cpu',),
-               cpu.why_not(x, scale, zero, spec), local=True),
-          Form(functools.partial(_xla, spec), 'xla'),
-          Form(functools.partial(_reference, spec), 'reference')]
+               cpu.why_not(x, scale, zero, spec, layout), True),
+          Form(pallas, 'pallas', ('tpu',), _why_no_kernel(spec, layout, x, values, scale), True),
+          Form(functools.partial(_xla, spec, layout), 'xla'),
+          Form(functools.partial(_reference, spec, layout), 'reference')]
+
+
+def _why_no_kernel(spec, layout, x, values, scale):
+  """None, or why the TPU kernel does not take these operands."""
+  if device.tpu() is None:
+    return f'is for a TPU, and this program is for {device.kind()}'
+  if device.tpu().generation < 5:
+    return f'is slower than XLA on {device.kind()}, which widens integers slowly'
+  if values.dtype != layouts.element(spec):              # so it is for 8 signed bits as they are
+    return (f"takes integer codes in layout 'int4' (lean_jax.weights.prepared), and these are "
+            f'{values.dtype} of {spec} in {layout!r}')
+  if layout == 'columns':
+    return "takes layout 'int4'; 'columns' is for GPUs"
+  if spec.group is None or spec.group % 32 or spec.tensor:
+    return f'takes groups of multiples of 32 rows, and {spec} has others'
+  if x.dtype != jnp.bfloat16:
+    return f'takes activations in bfloat16, and these are {x.dtype}'
+  if not hasattr(scale, 'dtype'):
+    return 'takes scales that are floats, and these are codes themselves'
+  if 0 in (*x.shape, *values.shape):
+    return f'has nothing to multiply in {x.shape} and {values.shape}'
+  return None
 
 
 def _native(spec, x, values, scale, zero):
   return cpu.weight_only_matmul(x, values, scale, zero, spec)
 
 
-def _reference(spec, x, values, scale, zero):
-  return reference.weight_only_matmul(x, values, scale, zero, spec)
+def _pallas(spec, x, values, scale, zero):
+  from lean_jax.kernels.weight_only_matmul import tpu  # Pallas, where a TPU runs it
+  return tpu.weight_only_matmul(x, values, scale, zero, spec)
 
 
-def _xla(spec, x, values, scale, zero):
-  return x @ reference.matrix(values, scale, zero, spec, x.shape[-1], x.dtype)
+def _reference(spec, layout, x, values, scale, zero):
+  return reference.weight_only_matmul(x, values, scale, zero, spec, layout)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(implementation, spec, x, values, scale, zero):
-  run = chosen('weight_only_matmul', forms(spec, x, scale, zero), implementation)
+def _xla(spec, layout, x, values, scale, zero):
+  return x @ reference.matrix(values, scale, zero, spec, x.shape[-1], x.dtype, layout)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(implementation, spec, layout, x, values, scale, zero):
+  run = chosen('weight_only_matmul', forms(spec, layout, x, values, scale, zero), implementation)
   return run(x, values, scale, zero)
 
 
-def _forward(implementation, spec, x, values, scale, zero):
-  return _product(implementation, spec, x, values, scale, zero), (x, values, scale, zero)
+def _forward(implementation, spec, layout, x, values, scale, zero):
+  y = _product(implementation, spec, layout, x, values, scale, zero)
+  return y, (x, values, scale, zero)
 
 
-def _backward(implementation, spec, saved, g):
+def _backward(implementation, spec, layout, saved, g):
   x, values, scale, zero = saved
   floats, rest = _split(scale, zero)
 
   def product(x, floats):
-    return _xla(spec, x, values, *_joined(floats, rest))
+    return _xla(spec, layout, x, values, *_joined(floats, rest))
   _, pull = jax.vjp(product, x, floats)
   dx, dfloats = pull(g)
   none = jax.tree.map(lambda a: None, rest)

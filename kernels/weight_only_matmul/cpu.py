@@ -10,8 +10,10 @@ BITS = (2, 4, 8)
 _FLOATS = ('fp8', 'fp8_e5m2', 'mxfp8')
 
 
-def why_not(x, scale, zero, spec):
+def why_not(x, scale, zero, spec, layout):
   """None, or why it does not take these operands."""
+  if layout != 'packed':
+    return f"takes layout 'packed', and this is {layout!r}"
   if spec.bits not in BITS or spec.code in _FLOATS:
     return f'{spec} is not of {", ".join(map(str, BITS))} bits and a table'
   each = 8 // spec.bits

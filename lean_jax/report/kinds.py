@@ -1,5 +1,5 @@
 """What a weight is, in a word."""
-from lean_jax.weights import Dense, Outliers, Quantized, Wrapper
+from lean_jax.weights import Dense, Outliers, Prepared, Quantized, Wrapper
 
 
 def kind(w):
@@ -12,4 +12,6 @@ def kind(w):
     return f'{type(w).__name__}({kind(w.base)})'
   if isinstance(w, Outliers):
     return f'Outliers({kind(w.rest)})'
+  if isinstance(w, Prepared):
+    return f'Prepared({kind(w.rest)})'
   return type(w).__name__

@@ -19,6 +19,7 @@ from lean_jax.training import stored
 from lean_jax.training.digest import digest
 from lean_jax.tree import named_arrays
 from lean_jax.weights.description import abstract, describe, difference
+from lean_jax.weights.prepared import refuse_prepared
 
 _UNFINISHED = '*.orbax-checkpoint-tmp*'
 
@@ -64,6 +65,7 @@ class Checkpoints:
     """
     if step == self._at or (step % self.every and not force):
       return False
+    refuse_prepared(params)
     trees = dict(params=named_arrays(params), opt=named_arrays(opt))
     document = stored.seal(dict(
         step=step, meta=meta, params=describe(params), opt=describe(trees['opt']),
@@ -212,6 +214,7 @@ def save_model(folder, params, meta, *, overwrite=False, beside=lambda new: None
   Raises:
     InputError: the folder is there, or the disk is full.
   """
+  refuse_prepared(params)
   folder = pathlib.Path(folder).resolve()
   arrays = named_arrays(params)
   if overwrite and files.occupied(folder) and not _card(folder).exists():

@@ -5,12 +5,13 @@ from lean_jax.weights.fake_quantized import FakeQuantized
 from lean_jax.weights.learned_step import LearnedStep
 from lean_jax.weights.low_rank import LowRank
 from lean_jax.weights.outliers import Outliers
+from lean_jax.weights.prepared import Prepared
 from lean_jax.weights.quantized import Quantized
 from lean_jax.weights.rescaled import Rescaled
 from lean_jax.weights.trained import Trained
 
 KINDS = (Dense, Quantized, FakeQuantized, LearnedStep, LowRank, Rescaled,
-         Outliers)
+         Outliers, Prepared)
 
-__all__ = ['KINDS', 'Dense', 'FakeQuantized', 'LearnedStep', 'LowRank', 'Outliers', 'Quantized',
-           'Rescaled', 'Trained', 'Weight', 'Wrapper']
+__all__ = ['KINDS', 'Dense', 'FakeQuantized', 'LearnedStep', 'LowRank', 'Outliers', 'Prepared',
+           'Quantized', 'Rescaled', 'Trained', 'Weight', 'Wrapper']

@@ -84,10 +84,10 @@ class Quantized(Weight):
     if self.order is not None:
       x2 = jnp.take_along_axis(x2, self.order[..., None, :], axis=-1)
     if self.spec.activation_bits == 8:
-      packed = self.spec.bits == 4
+      packed = self.spec.bits == 4                       # which the product takes as they are
       values = self.values if packed else grid.integers(self.codes(), self.spec)
       y = int8_matmul.int8_matmul(x2, values, self.scale, group=self.spec.group,
-                                  bits=4 if packed else 8, x_scale=self.input_scale)
+                                  x_scale=self.input_scale, dtype=x.dtype)
     else:
       y = weight_only_matmul.weight_only_matmul(x2, self.values, self.scale, self.zero, self.spec)
     return restore(y.astype(x.dtype))

@@ -96,7 +96,7 @@ def test_operands_that_do_not_fit_are_refused(change, match):
 
 
 def test_what_does_not_run_here_says_what_does():
-  with pytest.raises(ValueError, match="'fast'; there are: native, xla, reference"):
+  with pytest.raises(ValueError, match="'fast'; there are: native, pallas, xla, reference"):
     api.weight_only_matmul(*operands('w4a16-g8'), implementation='fast')
   with pytest.raises(ValueError, match='fp8 is not of 2, 4, 8 bits .*; here there are: xla'):
     api.weight_only_matmul(*operands('fp8'), implementation='native')

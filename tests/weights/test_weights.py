@@ -25,6 +25,7 @@ from lean_jax.quantization.rtn import rtn
 from lean_jax.weights import Dense, Rescaled
 from lean_jax.weights.base import to_matrix
 from lean_jax.weights.description import abstract, describe, difference
+from lean_jax.weights.prepared import Prepared, prepare, refuse_prepared
 
 part = functools.partial
 
@@ -79,6 +80,13 @@ KINDS = {
     'fp8': part(rtn, spec='fp8'),
     'w1.58a16': part(rtn, spec='w1.58a16'),
     'act-order': lambda w: reordered(rtn(w, 'w4a16-g4-asym')),
+    'int4': lambda w: prepare(rtn(w, 'w4a16-g4'), 'tpu'),
+    'int4-asym': lambda w: prepare(rtn(w, 'w4a16-g4-asym'), 'tpu'),
+    'int2': lambda w: prepare(rtn(w, 'w2a16-g3'), 'tpu'),
+    'int2-ternary': lambda w: prepare(rtn(w, 'w1.58a16'), 'tpu'),
+    'int4-act-order': lambda w: prepare(reordered(rtn(w, 'w4a16-g4-asym')), 'tpu'),
+    'columns': lambda w: prepare(rtn(w, 'w3a16-g8'), 'gpu'),
+    'columns-nf4': lambda w: prepare(rtn(w, 'nf4-g8-dq'), 'gpu'),
     'qat': part(fake_quantize, spec='w4a16-g4'),
     'lsq': part(lsq, spec='w4a16-g4'),
     'lsq_plus': part(lsq_plus, spec='w2a16-g3'),
@@ -86,9 +94,12 @@ KINDS = {
     'outliers': outlying,
     'lora': adapted,
     'qlora': lambda w: adapted(rtn(w, 'w4a16-g4')),
+    'qlora-int4': lambda w: prepare(adapted(rtn(w, 'w4a16-g4')), 'tpu'),
     'lora_over_qat': lambda w: adapted(fake_quantize(w, 'w2a16-g4')),
 }
 ROUNDS_ACTIVATIONS = {'w8a8': part(rtn, spec='w8a8'), 'qat8': part(fake_quantize, spec='w8a8'),
+                      'w8a8-columns': lambda w: prepare(rtn(w, 'w8a8'), 'gpu'),
+                      'w4a8-int4': lambda w: prepare(rtn(w, 'w4a8-g4'), 'tpu'),
                       'w4a8-g4': part(rtn, spec='w4a8-g4'), 'w1.58a8': part(rtn, spec='w1.58a8'),
                       'lsq8': part(lsq, spec='w8a8'), 'bitnet': part(fake_quantize, spec='w1.58a8'),
                       'pact': clipping, 'ema': averaged,
@@ -104,7 +115,7 @@ EQNS = {
 
 # Of kinds that differ in their arrays one each: for what takes a program of its own to try.
 MAIN = ('dense', 'w4a16-g4-asym', 'nf4-g8-dq', 'act-order', 'lsq', 'rescaled', 'outliers', 'lora',
-        'w8a8', 'w4a8-g4', 'w8a8-static')
+        'int4', 'w8a8', 'w4a8-g4', 'w8a8-static')
 
 
 def cases(kinds, eqns, mine=lambda kind, eqn: kind in MAIN):
@@ -140,9 +151,10 @@ def test_einsum_is_the_product_of_rounded_activations_with_unbox(kind, eqn):
   w = ROUNDS_ACTIVATIONS[kind](weight(eqn, ws))
   inputs = sum(d == 'i' for d in w.dims)
   rows = x.reshape(*x.shape[:x.ndim - inputs], -1)     # the contraction is last in these equations
-  if w.input_scale is not None:                        # one step for each matrix
-    rows = rows.reshape(*w.input_scale.shape, -1, rows.shape[-1])
-  codes, scale = quantize_rows(rows, w.input_scale)
+  step = getattr(w, 'rest', w).input_scale
+  if step is not None:                                 # one step for each matrix
+    rows = rows.reshape(*step.shape, -1, rows.shape[-1])
+  codes, scale = quantize_rows(rows, step)
   rounded = (codes * scale).reshape(x.shape)
   np.testing.assert_allclose(w.einsum(eqn, x), jnp.einsum(eqn, rounded, w.unbox()), atol=2e-5)
 
@@ -267,3 +279,27 @@ def test_an_adapter_changes_nothing_at_its_start():
 def test_a_rank_out_of_range_is_refused(rank):
   with pytest.raises(InputError, match='rank'):
     lora(weight('btd,df->btf', (8, 6)), rank, 1., key=jax.random.key(0))
+
+
+@pytest.mark.parametrize('scheme', ['w8a16', 'w4a16-g4', 'w4a16-g4-asym', 'w2a16-g4', 'w3a16-g4',
+                                    'w5a16-g4', 'w1.58a16', 'w1a16', 'nf4-g4-dq', 'w8a8'])
+@pytest.mark.parametrize('platform', ['tpu', 'gpu', 'cpu'])
+def test_preparing_changes_no_value_and_can_be_undone(scheme, platform):
+  w = rtn(weight('btd,vd->btv', (10, 12)), scheme)
+  p = prepare({'a': {'kernel': w}}, platform)['a']['kernel']
+  apart = platform == 'cpu' or (platform == 'tpu' and scheme == 'nf4-g4-dq')
+  assert isinstance(p, Prepared) is not apart
+  np.testing.assert_array_equal(p.unbox(), w.unbox())
+  np.testing.assert_array_equal(p.take(jnp.asarray([[3, 1], [0, 3]])),
+                                w.take(jnp.asarray([[3, 1], [0, 3]])))
+  if not apart:
+    np.testing.assert_array_equal(p.quantized().values, w.values)
+    assert prepare(p, platform) is p
+
+
+def test_a_prepared_tree_is_not_saved():
+  params = prepare({'up': {'kernel': KINDS['qlora'](weight('btd,df->btf', (8, 6)))}}, 'tpu')
+  with pytest.raises(InputError, match='up/kernel/base is laid out .* save the tree'):
+    refuse_prepared(params)
+  with pytest.raises(InputError, match='there are: cpu, tpu, gpu'):
+    prepare(params, 'npu')

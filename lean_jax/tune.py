@@ -1,0 +1,148 @@
+"""Tiles of the TPU kernels by the compiler's own schedule: `lean-jax tune`, with no TPU.
+
+Every candidate is compiled by libtpu (extra `aot`) and its cycles are counted; see
+`kernels/platforms/schedule.py` for what they are and are not.
+"""
+import json
+import pathlib
+
+from lean_jax.errors import InputError
+
+# (inputs, outputs) of the layers' matrices: Llama 2 7B, Llama 3 8B and 70B.
+MODELS = {'7B': ((4096, 4096), (4096, 11008), (11008, 4096)),
+          '8B': ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
+          '70B': ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192))}
+_VMEM = 40 * 2 ** 20                  # bytes of a candidate's tiles, of the 64 MiB that it may take
+
+
+def add_arguments(parser):
+  """The settings, as flags."""
+  flag = parser.add_argument
+  flag('--device', required=True, metavar='D', help='v5e, v5p or v6e')
+  flag('--op', default='int8_matmul', help='int8_matmul or weight_only_matmul (%(default)s)')
+  flag('--bits', type=int, help='of a weight: 8, 4 or 2 (8 of int8_matmul, 4 of the other)')
+  flag('--group', type=int, help='rows of the weight that share a scale (none; 128 of the other)')
+  flag('--m', type=int, nargs='+', default=[16, 512, 4096], help='rows of activations: tokens '
+       '(16 512 4096)')
+  flag('--k', type=int, help='inputs of the weight, with --n; or --model')
+  flag('--n', type=int, help='outputs of the weight')
+  flag('--model', choices=MODELS, help="in their place: the shapes of a common model's layers")
+  flag('--out', metavar='F', help='JSON that is added to, case by case')
+  flag('--json', action='store_true')
+
+
+def run(arguments, console):
+  """Compiles the candidates of each case, and prints and keeps the best.
+
+  Raises:
+    InputError: no libtpu, no such device or op, or shapes are missing.
+  """
+  from lean_jax.kernels.platforms import device, schedule, tuned
+  requests = cases(arguments)
+  rows = []
+  for case in requests:
+    tiles = candidates(case)
+    try:
+      found = list(schedule.measure([case | dict(blocks=tile) for tile in tiles]))
+    except ModuleNotFoundError as error:
+      raise InputError(str(error)) from error
+    rows.append(best(case, found))
+    if arguments.out:
+      keep(pathlib.Path(arguments.out), rows[-1])
+  if arguments.json:
+    print(json.dumps(rows))
+    return
+  from rich.table import Table
+  out = Table(caption=f'{device.full_name(arguments.device)}: cycles without waiting for memory, '
+              'cycles of its bytes, and the share of the peak')
+  for title in ('case', 'blocks', 'cycles', 'memory', 'share', 'tried', 'by rule'):
+    out.add_column(title, justify='left' if title == 'case' else 'right')
+  for r in rows:
+    out.add_row(r['case'], ' '.join(map(str, r['blocks'])), f'{r["cycles"]:,}',
+                f'{r["memory_cycles"]:,}', f'{r["share"]:.1%}', str(r['tried']),
+                ' '.join(map(str, tuned.by_rule(r['m'], r['k'], r['n']))))
+  console().print(out)
+
+
+def cases(a):
+  """The requests that the arguments ask for, without tiles."""
+  from lean_jax.kernels.platforms import calls, device, schedule
+  try:
+    kind = device.full_name(a.device)
+  except ValueError as error:
+    raise InputError(str(error)) from error
+  if kind not in schedule.CLOCK:
+    raise InputError(f'no cycles are known of {kind}; there are: v5e, v5p, v6e')
+  if a.op not in calls.OPS:
+    raise InputError(f'no op {a.op!r}; there are: {", ".join(calls.OPS)}')
+  if (a.model is None) == (a.k is None or a.n is None):
+    raise InputError('give --k and --n, or --model in their place')
+  floats = a.op == 'weight_only_matmul'
+  bits, group = a.bits or (4 if floats else 8), a.group or (128 if floats else None)
+  if bits not in (2, 4, 8):
+    raise InputError(f'--bits {bits}; expected 2, 4 or 8')
+  if group is not None and group % 32:
+    raise InputError(f'--group {group}; the kernels take multiples of 32')
+  shapes = MODELS[a.model] if a.model else ((a.k, a.n),)
+  small = [n for n in (*a.m, *sum(shapes, ())) if n < 1]
+  if small:
+    raise InputError(f'a shape of {small[0]}; expected 1 or more')
+  return [dict(device=a.device, op=a.op, m=m, k=k, n=n, group=group, bits=bits)
+          for k, n in shapes for m in a.m]
+
+
+def candidates(case):
+  """Tiles to try: all of K where VMEM has room for it, and parts of it."""
+  from lean_jax.kernels.platforms import tuned
+  M, K, N, group = (case[x] for x in ('m', 'k', 'n', 'group'))
+  depths = dict.fromkeys([K, -(-K // 2), 4096, 2048])
+  tiles = [tuned.fitted((bm, bn, bk), M, K, N, group)
+           for bk in depths for bm in (256, 512, 1024) for bn in (256, 512, 1024)]
+  room = [t for t in dict.fromkeys(tiles) if _bytes(case, t) <= _VMEM]
+  whole = [t for t in room if t[2] >= K]
+  return whole or room                                   # sums in memory were never the best
+
+
+def _bytes(case, tile):
+  """Of the tiles of a step, each twice: one is read while the other is used."""
+  bm, bn, bk = tile
+  x = bm * bk * (1 if case['op'] == 'int8_matmul' else 2)
+  wide = bk * bn * (1 if case['op'] == 'int8_matmul' else 2)            # once, as it is multiplied
+  return 2 * (x + bk * bn * case['bits'] // 8 + 2 * bm * bn) + wide + 4 * bm * bn
+
+
+def best(case, found):
+  """The candidate that takes the least time; of several, the one with the fewest steps.
+
+  A tile's rows of x meet all of the weight, so the weight is read once for each of them.
+  """
+  from lean_jax.kernels.platforms import tuned
+  worked = [r for r in found if r.get('cycles')]
+  if not worked:
+    raise InputError(f'no tile of {case} compiles; the last says: {found[-1].get("error")}')
+
+  def time(r):
+    weights = case['k'] * case['n'] * case['bits'] / 8
+    again = -(-case['m'] // r['blocks'][0]) - 1
+    of_bytes = r['memory_cycles'] * (1 + again * weights / _moved(case))
+    return max(r['cycles'], r['unit_cycles'], of_bytes), r['steps']
+  top = min(worked, key=time)
+  name = tuned.case(case['op'], f'int{case["bits"]}', case['m'], case['k'], case['n'],
+                    case['group'])
+  keys = ('blocks', 'cycles', 'memory_cycles', 'unit_cycles', 'share', 'spills')
+  return case | {k: top[k] for k in keys} | dict(case=name, tried=len(found))
+
+
+def _moved(case):
+  from lean_jax.kernels.platforms import calls
+  return calls.call(case).bytes
+
+
+def keep(file, row):
+  """Adds what was found to a file of cases."""
+  found = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+  keys = ('blocks', 'cycles', 'memory_cycles', 'unit_cycles', 'share')
+  found[row['case']] = {k: row[k] for k in keys}
+  lines = (f'  {json.dumps(k)}: {json.dumps(v)}' for k, v in sorted(found.items()))
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
