@@ -40,7 +40,8 @@ def powers(operands):
 
 
 @settings(deadline=None, max_examples=6)
-@given(SIZES, st.sampled_from([(None, 8), (32, 8), (None, 4), (96, 4)]), st.integers(0, 2 ** 31 - 1))
+@given(SIZES, st.sampled_from([(None, 8), (32, 8), (None, 4), (96, 4)]),
+       st.integers(0, 2 ** 31 - 1))
 def test_int8_matmul_equals_the_reference(sizes, how, seed):
   group, bits = how
   x, values, scale = int8_operands(*sizes, group, bits, seed)
