@@ -114,8 +114,8 @@ def _bytes(case, tile):
 def best(case, found):
   """The candidate that takes the least time; of several, the one with the fewest steps.
 
-  A tile's rows of x meet all of the weight, so the weight is read once for each of them. Reading and
-  multiplying go on at once, but for the first step's tile and the last one's product.
+  A tile's rows of x meet all of the weight, so the weight is read once for each of them. Reading
+  and multiplying go on at once, but for the first step's tile and the last one's product.
   """
   from lean_jax.kernels.platforms import tuned
   worked = [r for r in found if r.get('cycles')]
