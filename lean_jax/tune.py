@@ -114,7 +114,8 @@ def _bytes(case, tile):
 def best(case, found):
   """The candidate that takes the least time; of several, the one with the fewest steps.
 
-  A tile's rows of x meet all of the weight, so the weight is read once for each of them.
+  A tile's rows of x meet all of the weight, so the weight is read once for each of them. Reading
+  and multiplying go on at once, but for the first step's tile and the last one's product.
   """
   from lean_jax.kernels.platforms import tuned
   worked = [r for r in found if r.get('cycles')]
@@ -125,7 +126,8 @@ def best(case, found):
     weights = case['k'] * case['n'] * case['bits'] / 8
     again = -(-case['m'] // r['blocks'][0]) - 1
     of_bytes = r['memory_cycles'] * (1 + again * weights / _moved(case))
-    return max(r['cycles'], r['unit_cycles'], of_bytes), r['steps']
+    of_units = max(r['cycles'], r['unit_cycles'])
+    return (max(of_units, of_bytes) + min(of_units, of_bytes) / r['steps'], r['steps'])
   top = min(worked, key=time)
   name = tuned.case(case['op'], f'int{case["bits"]}', case['m'], case['k'], case['n'],
                     case['group'])

@@ -63,7 +63,7 @@ def _steps(op, request, dtype, M, K, N, group):
 
 def _int8(request, group, x, values, scale):
   from lean_jax.kernels.int8_matmul import api, tpu
-  layout = 'int4' if values.dtype == jnp.int4 else 'packed'
+  layout = 'packed' if values.dtype == jnp.int8 else 'int4'
   if request.get('blocks'):
     return tpu.int8_matmul(x, values, scale, group=group, blocks=tuple(request['blocks']),
                            dtype=jnp.bfloat16)

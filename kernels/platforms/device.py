@@ -8,13 +8,15 @@ import contextlib
 import jax
 
 KINDS = ('TPU v4', 'TPU v5 lite', 'TPU v5', 'TPU v6 lite', 'TPU7x')
+_ALSO = {'TPU v5e': 'TPU v5 lite', 'TPU v5p': 'TPU v5', 'TPU v6e': 'TPU v6 lite'}
 _SHORT = dict(v4='TPU v4', v5e='TPU v5 lite', v5p='TPU v5', v6e='TPU v6 lite', tpu7x='TPU7x')
 
 
 def kind():
   """'cpu', 'NVIDIA H200', 'TPU v5 lite', ..."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.devices()[0].device_kind if device is None else device.device_kind
+  found = jax.devices()[0].device_kind if device is None else device.device_kind
+  return _ALSO.get(found, found)
 
 
 def platform():
@@ -30,7 +32,7 @@ def full_name(name):
   Raises:
     ValueError: there is no such TPU.
   """
-  found = _SHORT.get(name, name)
+  found = (_SHORT | _ALSO).get(name, name)
   if found not in KINDS:
     raise ValueError(f'no TPU {name!r}; there are: {", ".join(_SHORT)}')
   return found
@@ -49,7 +51,10 @@ def target(name):
 
 
 def tpu():
-  """The pltpu.TpuInfo of the TPU that a program is traced for; None if that is no TPU we know."""
+  """The pltpu.TpuInfo of the TPU that a program is traced for; None if that is not one of KINDS.
+
+  Its figures are of one core; a v4 and a v5p have two, which share a kernel's grid.
+  """
   if platform() != 'tpu' or kind() not in KINDS:
     return None
   from jax.experimental.pallas import tpu as pltpu  # 0.3 s that a CPU has no use for

@@ -39,7 +39,7 @@ def measure(requests):
     A dict each: what was asked, and 'error', or
       kernels: {name: bundles} of all that was compiled.
       bundles: of the kernel of the op; None where XLA serves.
-      cycles: bundles times `steps` of the grid.
+      cycles: bundles times `steps` of the grid; like the next two, of one core with all the work.
       unit_cycles: for the products of one call at the peak of the units that multiply.
       memory_cycles: for the bytes of one call at the bandwidth of the device.
       share: unit_cycles over the greatest of the three; `peak`: 'int8' or 'bf16' units.

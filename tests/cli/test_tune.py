@@ -1,0 +1,57 @@
+"""lean-jax tune: what it tries, keeps and refuses."""
+import json
+
+import pytest
+
+from lean_jax import tune
+from lean_jax.cli import main
+from lean_jax.kernels.platforms import device, tuned
+
+CASE = dict(device='v5e', op='weight_only_matmul', m=16, k=4096, n=4096, group=128, bits=4)
+
+
+@pytest.mark.parametrize(('flags', 'says'), [
+    (['--device', 'v3', '--k', '8', '--n', '8'], 'no TPU'),
+    (['--device', 'v4', '--k', '8', '--n', '8'], 'v5e, v5p, v6e'),
+    (['--device', 'v5e', '--k', '8'], '--model'),
+    (['--device', 'v5e', '--model', '8B', '--op', 'softmax'], 'no op'),
+    (['--device', 'v5e', '--model', '8B', '--bits', '3'], '2, 4 or 8'),
+    (['--device', 'v5e', '--model', '8B', '--group', '48'], 'multiples of 32')])
+def test_what_cannot_be_tuned_is_said_in_one_line(flags, says, capsys):
+  assert main(['tune', *flags]) == 2
+  error = capsys.readouterr().err
+  assert says in error and error.count('\n') == 1
+
+
+def test_the_tile_with_the_least_time_wins_and_memory_counts():
+  row = lambda blocks, cycles, steps: dict(blocks=blocks, cycles=cycles, steps=steps, spills=0,
+                                           unit_cycles=10, memory_cycles=1000, share=.01)
+  found = [row([16, 4096, 4096], 900, 1), row([16, 512, 4096], 950, 8),
+           row([16, 256, 4096], 1900, 16),
+           dict(error='VMEM')]
+  assert tune.best(CASE, found)['blocks'] == [16, 512, 4096]
+
+
+def test_what_is_kept_is_what_is_looked_up(tmp_path, monkeypatch):
+  found = CASE | dict(blocks=[16, 256, 4096], cycles=1, memory_cycles=1, unit_cycles=1, share=.5,
+                      case=tuned.case('weight_only_matmul', 'int4', 16, 4096, 4096, 128))
+  tune.keep(tmp_path / 'TPU_v5_lite.json', found)
+  tune.keep(tmp_path / 'TPU_v5_lite.json', found | dict(case='another'))
+  monkeypatch.setattr(tuned, 'FOLDER', tmp_path)
+  tuned.entries.cache_clear()
+  look = lambda m: tuned.blocks('weight_only_matmul', 'int4', m, 4096, 4096, 128)
+  with device.target('v5e'):
+    assert look(16) == look(1) == (16, 256, 4096)
+    assert look(17) == tuned.by_rule(17, 4096, 4096)
+  assert len(json.loads((tmp_path / 'TPU_v5_lite.json').read_text())) == 2
+  tuned.entries.cache_clear()
+
+
+def test_every_tile_in_the_package_is_one_that_is_legal():
+  files = list(tuned.FOLDER.glob('*.json'))
+  assert files
+  for file in files:
+    for name, found in json.loads(file.read_text()).items():
+      M, K, N, group = (int(word[1:]) for word in name.split()[2:])
+      tile = tuple(found['blocks'])
+      assert tile == tuned.fitted(tile, M, K, N, group or None), (file.name, name)
