@@ -29,7 +29,10 @@ def gradients(plan, budget, wanted, hs, ws, ht, wt, labels, weights):
   Returns:
     (loss, soft, hard), dhs or None, dws or None.
   """
-  return _everywhere(plan, budget, wanted, hs, ws, ht, wt, labels, weights)
+  narrow = ws.astype(hs.dtype)                       # once, and not once a chunk
+  wt = None if wt is None else wt.astype(ht.dtype)
+  parts, dhs, dws = _everywhere(plan, budget, wanted, hs, narrow, ht, wt, labels, weights)
+  return parts, dhs, None if dws is None else dws.astype(ws.dtype)
 
 
 def chunk(T, V, budget, dtype=jnp.float32):
@@ -80,7 +83,7 @@ def _scanned(plan, budget, wanted, hs, ws, ht, wt, labels, weights):
   (parts, dws), dhs = lax.scan(step, start, each)
   if wanted[0]:
     dhs = jnp.swapaxes(dhs, 0, 1).reshape(n * C, -1)[:T]
-  return parts, dhs, None if dws is None else dws.astype(ws.dtype)
+  return parts, dhs, dws
 
 
 def _one(plan, wanted, ws, wt, hs, ht, labels, weights):
@@ -97,7 +100,7 @@ def _one(plan, wanted, ws, wt, hs, ht, labels, weights):
                                              preferred_element_type=zs.dtype)
   dhs = dws = None
   if wanted[0]:
-    dhs = times(dz, ws.astype(hs.dtype), 1, 0 if plan.student.table else 1).astype(hs.dtype)
+    dhs = times(dz, ws, 1, 0 if plan.student.table else 1).astype(hs.dtype)
   if wanted[1]:
     dws = times(dz, hs, 0, 0) if plan.student.table else times(hs, dz, 0, 0)
   return (total, *parts), dhs, dws
