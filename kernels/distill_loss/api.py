@@ -14,7 +14,7 @@ __all__ = ['Head', 'cross_entropy', 'distill_loss']
 
 # Bytes of a chunk's logits. A CPU's stay in its caches; elsewhere a chunk must be some hundreds of
 # tokens, or reading the head and its gradient takes longer than multiplying.
-BUDGETS = dict(cpu=6 * 2 ** 20, rest=64 * 2 ** 20)
+BUDGETS = dict(cpu=6 * 2 ** 20, rest=128 * 2 ** 20)
 PLAIN = Head()
 
 
