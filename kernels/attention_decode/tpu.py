@@ -49,7 +49,7 @@ def part(how, q, k, v, pages, lengths, visible, *, interpret=False):
 
   def own(ndim, batch=N):
     return lambda i, j, pages, lengths, last: (
-        (i % batch), jnp.minimum(j, last[i]), *(0,) * (ndim - 2))
+        lax.rem(i, batch), jnp.minimum(j, last[i]), *(0,) * (ndim - 2))
   row = lambda i, j, *_: (i, 0, 0)
   block = lambda x, batch=N: pl.BlockSpec((1, 1, *x.shape[2:]), own(x.ndim, batch))
   grids = [by_channel(k.scale), by_channel(k.least), by_token(v.scale), by_token(v.least)]
@@ -87,8 +87,8 @@ def _kernel(how, pages, lengths, last, q, k, v, k_scale, k_least, v_scale, v_lea
     at = j * rows * each + each * lax.broadcasted_iota(jnp.int32, (1, rows), 1)
     scale, least = (_floats(x[0, 0])[:, None] for x in (k_scale, k_least))          # [groups 1 K]
     # Which channels have grid c; its product spreads a token's grids over them.
-    wide = (lax.broadcasted_iota(jnp.int32, (C, K), 1) // (K // C)
-            == lax.broadcasted_iota(jnp.int32, (C, K), 0)).astype(jnp.float32)
+    grid, channel = (lax.broadcasted_iota(jnp.int32, (C, K), axis) for axis in (0, 1))
+    wide = (lax.div(channel, K // C) == grid).astype(jnp.float32)
     spread = lambda x: _product(_floats(x), wide, 0, 0, lax.Precision.HIGHEST)         # [rows K]
     scores, visible = [], []
     for e in range(each):
