@@ -74,7 +74,7 @@ def part(how, q, k, v, pages, lengths, visible, *, interpret=False):
 def _kernel(how, pages, lengths, last, q, k, v, k_scale, k_least, v_scale, v_least, seen, *out):
   del pages, last
   row, j = pl.program_id(0), pl.program_id(1)
-  (_, rows, K), each = k.shape, 8 // how.bits
+  rows, each = k.shape[1], 8 // how.bits
 
   @pl.when(j == 0)
   def _():
@@ -83,33 +83,57 @@ def _kernel(how, pages, lengths, last, q, k, v, k_scale, k_least, v_scale, v_lea
 
   @pl.when(j * rows * each < lengths[row])
   def _():
-    query, C = q[0], v_scale.shape[3]
     at = j * rows * each + each * lax.broadcasted_iota(jnp.int32, (1, rows), 1)
-    scale, least = (_floats(x[0, 0])[:, None] for x in (k_scale, k_least))          # [groups 1 K]
-    # Which channels have grid c; its product spreads a token's grids over them.
-    grid, channel = (lax.broadcasted_iota(jnp.int32, (C, K), axis) for axis in (0, 1))
-    wide = (lax.div(channel, K // C) == grid).astype(jnp.float32)
-    spread = lambda x: _product(_floats(x), wide, 0, 0, lax.Precision.HIGHEST)         # [rows K]
+    grids = [_floats(x[0, 0]) for x in (k_scale, k_least)]                          # [groups K]
+    query = q[0]
     scores, visible = [], []
     for e in range(each):
-      keys = _codes(k[0], how.bits, e).reshape(scale.shape[0], -1, K) * scale + least
-      scores.append(how.of(_product(query, keys.reshape(rows, K).astype(query.dtype), 1, 1)))
+      codes = _codes(k[0], how.bits, e, query.dtype)
+      scores.append(how.of(_scores(query, codes, *grids)))
       visible.append((seen[0, 0, e] != 0) & (at + e < lengths[row]))
 
     def mix(probs):
-      total = jnp.zeros(query.shape, jnp.float32)
-      for e, p in enumerate(probs):
-        values = _codes(v[0], how.bits, e) * spread(v_scale[0, 0, e]) + spread(v_least[0, 0, e])
-        total += _product(p.astype(query.dtype), values.astype(query.dtype), 1, 0)
-      return total
+      return sum(_mixed(p, _codes(v[0], how.bits, e, query.dtype), _floats(v_scale[0, 0, e]),
+                        _floats(v_least[0, 0, e])) for e, p in enumerate(probs))
     found = more(Part(*(ref[0] for ref in out)), scores, visible, mix)
     for ref, x in zip(out, found):
       ref[0] = x
 
 
-def _codes(packed, bits, e):
-  """The codes of the e-th token of each byte, as float32."""
-  return ((packed.astype(jnp.int32) >> (e * bits)) & (2 ** bits - 1)).astype(jnp.float32)
+def _scores(q, codes, scale, least):
+  """Products of q [R K] with keys of codes [S K] and grids [groups K], each of S/groups tokens.
+
+  q (code scale + least) is (q scale) code + q least: a query for each group meets the codes as they
+  are, and a token takes the product of its own.
+  """
+  R, (groups, _), S = q.shape[0], scale.shape, codes.shape[0]
+  q = q.astype(jnp.float32)
+  each = jnp.concatenate([q * scale[g:g + 1] for g in range(groups)])            # [groups*R K]
+  products = _product(each.astype(codes.dtype), codes, 1, 1)                      # [groups*R S]
+  begins = _product(q, least, 1, 1)                                              # [R groups]
+  token = lax.broadcasted_iota(jnp.int32, (1, S), 1)
+  return sum(jnp.where(_inside(token, g, S // groups), products[g * R:(g + 1) * R]
+                       + begins[:, g:g + 1], 0) for g in range(groups))
+
+
+def _mixed(p, codes, scale, least):
+  """p [R S] times values of codes [S K] and grids [C S], each of K/C channels; as `_scores`."""
+  R, (C, _), K = p.shape[0], scale.shape, codes.shape[1]
+  each = jnp.concatenate([p * scale[c:c + 1] for c in range(C)])                  # [C*R S]
+  products = _product(each.astype(codes.dtype), codes, 1, 0)                      # [C*R K]
+  channel = lax.broadcasted_iota(jnp.int32, (1, K), 1)
+  return sum(jnp.where(_inside(channel, c, K // C), products[c * R:(c + 1) * R] + jnp.sum(
+      p * least[c:c + 1], axis=-1, keepdims=True), 0) for c in range(C))
+
+
+def _inside(at, part, size):
+  return (at >= part * size) & (at < (part + 1) * size)
+
+
+def _codes(packed, bits, e, dtype):
+  """The codes of the e-th token of each byte; bfloat16 holds those of 8 bits."""
+  codes = (packed.astype(jnp.int32) >> (e * bits)) & (2 ** bits - 1)
+  return codes.astype(jnp.float32).astype(dtype)
 
 
 def _floats(bits):
@@ -122,6 +146,8 @@ def _floats(bits):
   return jnp.where(x >= 2 ** 15, -size, size)
 
 
-def _product(a, b, i, j, precision=None):
+def _product(a, b, i, j):
+  """A product over these axes in float32, of float32 without rounding them to bfloat16 first."""
+  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return lax.dot_general(a, b, (((i,), (j,)), ((), ())), precision=precision,
                          preferred_element_type=jnp.float32)
