@@ -3,7 +3,8 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
-from lean_jax.objectives.forward import forward, targets
+from lean_jax.kernels.distill_loss import api as distill_loss
+from lean_jax.objectives.forward import forward, hidden, targets, token_axes
 from lean_jax.objectives.language_modeling import cross_entropy
 
 
@@ -20,11 +21,7 @@ def soft_labels(logits, target, mask, *, temperature):
   Raises:
     InputError: vocabularies differ, or the temperature is not positive.
   """
-  if logits.shape != target.shape:
-    raise InputError(f'the student has a vocabulary of {logits.shape[-1]} and the teacher of '
-                     f'{target.shape[-1]}; soft labels need the same tokenizer in both')
-  if not temperature > 0:
-    raise InputError(f'temperature {temperature} is not positive; 1 to 4 are usual')
+  _check(logits.shape[-1], target.shape[-1], temperature)
   log_q = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
   log_p = jax.nn.log_softmax(jax.lax.stop_gradient(target).astype(jnp.float32) / temperature)
   kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)          # [B T]
@@ -34,21 +31,42 @@ def soft_labels(logits, target, mask, *, temperature):
 def distillation(student, teacher, *, temperature, soft_weight):
   """soft_weight * soft labels + (1 - soft_weight) * hard labels.
 
+  Neither's logits are ever all in memory where both are products with a matrix of floats; see
+  `kernels.distill_loss`.
+
   Args:
     student, teacher: modules with the same vocabulary.
     temperature: of the soft labels.
     soft_weight: 0 to 1.
 
   Returns:
-    The loss (params, batch, key, teacher=the teacher's params) -> (scalar, metrics): the teacher
-    is an argument of the compiled step, inside it, and has no gradient.
+    The loss (params, batch, key, teacher_params=) -> (scalar, metrics): the teacher is an argument
+    of the compiled step, inside it, and has no gradient.
   """
   def loss(params, batch, key, *, teacher_params):
     del key
     wanted, mask = targets(batch)
+    one = hidden(student, params, batch)
+    other = None if one is None else hidden(teacher, teacher_params, batch)
+    if other is not None:
+      _check(student.config.vocabulary, teacher.config.vocabulary, temperature)
+      value, parts = distill_loss.distill_loss(
+          one.states, one.matrix, other.states, other.matrix, temperature=temperature,
+          labels=wanted.reshape(-1), weights=mask.reshape(-1), soft_weight=soft_weight,
+          student=one.head, teacher=other.head, axes=token_axes())
+      return value + one.auxiliary, parts
     logits, auxiliary = forward(student, params, batch)
     target, _ = forward(teacher, teacher_params, batch)
     soft = soft_labels(logits, target, mask, temperature=temperature)
     hard = cross_entropy(logits, wanted, mask)
     return soft_weight * soft + (1 - soft_weight) * hard + auxiliary, dict(soft=soft, hard=hard)
   return loss
+
+
+def _check(student, teacher, temperature):
+  """Raises InputError for vocabularies, or a temperature, of which there are no soft labels."""
+  if student != teacher:
+    raise InputError(f'the student has a vocabulary of {student} and the teacher of {teacher}; '
+                     'soft labels need the same tokenizer in both')
+  if not temperature > 0:
+    raise InputError(f'temperature {temperature} is not positive; 1 to 4 are usual')

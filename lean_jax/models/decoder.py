@@ -4,8 +4,10 @@ import dataclasses
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lean_jax.kernels.distill_loss.api import Head
 from lean_jax.models.stack import Stack, StackConfig, empty_cache
 from lean_jax.nn.linear import Linear
+from lean_jax.weights import Dense
 
 __all__ = ['Decoder', 'DecoderConfig', 'empty_cache']
 
@@ -61,6 +63,17 @@ class Decoder(Stack):
     """
     x, cache = self.hidden(tokens, cache, offset, mask)
     return self.logits(x), cache
+
+  def head_of(self, params):
+    """What `logits` multiplies by: (matrix, Head); None where logits are more than its product.
+
+    A head that is not of floats has its own product, which this does not give either.
+    """
+    c = self.config
+    if c.head_bias or c.embedding_width not in (None, c.width):
+      return None
+    w = params['embed']['table'] if c.tied else params['head']['kernel']
+    return (w.value, Head(c.tied, c.logit_scale, c.logit_softcap)) if isinstance(w, Dense) else None
 
   def logits(self, x):
     """Logits [B T V], float32, of `hidden`'s output."""

@@ -73,8 +73,11 @@ class Attention(nn.Module):
       visible = frame.visible
       if layer.window is not None:
         visible = visible & (jnp.abs(frame.distance) < layer.window)[None, None]
-      y = attend_to(q, held, visible, scale=scale, softcap=o.softcap, sinks=sinks,
-                    bias=frame.bias)
+      how = dict(scale=scale, softcap=o.softcap, sinks=sinks)
+      if T == 1 and isinstance(held, rounded.Held) and frame.bias is None:
+        y = held.attended(q, visible, **how)
+      else:
+        y = attend_to(q, held, visible, bias=frame.bias, **how)
     y = nn.with_logical_constraint(y.reshape(B, T, -1), ('batch', 'length', 'heads'))
     y = Linear('btf,fd->btd', (c.heads * c.head_width, D), ('heads', 'embed'), c.dtype,
                o.out_bias, name='o')(y)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lean_jax.kernels.attention_decode import api as attention_decode
+from lean_jax.kernels.attention_decode.codes import apart, joined
 from lean_jax.quantization.packing import pack
 
 CHANNELS = 32                 # of a value that share a grid, at most
@@ -90,6 +92,23 @@ class Held(NamedTuple):
       return y + sum(product(weights[..., k], v) for k, v in enumerate(parts))
     return jax.lax.fori_loop(0, self._chunks, more, product(near, self.v)).astype(probs.dtype)
 
+  def attended(self, q, visible, *, scale, softcap=None, sinks=None):
+    """`attention.attend_to` of the queries of one token, [B 1 H K], in one pass over the codes.
+
+    A query that sees nothing gets zeros.
+    """
+    B, _, H, K = q.shape
+    N = self.k.shape[0]
+    rows = lambda x: jnp.broadcast_to(x, (B, H, *x.shape[2:])).reshape(
+        B, N // B, -1, *x.shape[2:]).swapaxes(0, 1).reshape(N, -1, *x.shape[2:])
+    codes = [attention_decode.Codes(*(self.slot.arrays[part] for part in names(name)))
+             for name in 'kv']
+    y = attention_decode.attention_decode(
+        rows(q[:, 0]), *codes, visible.reshape(-1, visible.shape[-1]), length=self._at,
+        layer=self.slot.index, recent=(self.k, self.v), bits=self.config.cache.bits, scale=scale,
+        softcap=softcap, sinks=None if sinks is None else rows(sinks[None]))
+    return y.reshape(N // B, B, -1, K).swapaxes(0, 1).reshape(B, 1, H, K)
+
   @property
   def _room(self):
     return self.slot.length('k') * 8 // self.config.cache.bits
@@ -117,8 +136,10 @@ class Held(NamedTuple):
   def _decoded(self, name, i):
     """Keys or values of chunk i as floats, as `apart` gives them."""
     parts = {part: self.slot.length(part) * self._size // self._room for part in names(name)}
-    return apart(*(self.slot.part(part, i * size, size) for part, size in parts.items()),
-                 self.config.cache, jnp.dtype(self.config.dtype))
+    codes = attention_decode.Codes(*(
+        self.slot.part(part, i * size, size) for part, size in parts.items()))
+    return apart(codes, self.config.cache.bits, jnp.dtype(self.config.dtype),
+                 per_token=name == 'v')
 
 
 def held(slot, k, v, frame, config):
@@ -213,23 +234,9 @@ def encoded(x, known, rounding, *, per_token):
 
 def decoded(packed, scale, least, rounding, dtype):
   """The numbers [N S K] that codes stand for, as `encoded` gives them."""
-  parts = apart(packed, scale, least, rounding, dtype)
-  return jnp.stack(parts, axis=2).reshape(packed.shape[0], -1, packed.shape[2])
-
-
-def apart(packed, scale, least, rounding, dtype):
-  """The same, [N S/n K] of the first, the second, ... of each n tokens whose codes share a byte."""
-  (N, rows, K), each = packed.shape, 8 // rounding.bits
-  per_token = scale.shape[1] == rows * each
-  axis, out = 3 if per_token else 2, []
-  for k in range(each):
-    codes = (packed >> (k * rounding.bits)) & (2 ** rounding.bits - 1)
-    codes = codes.reshape((N, rows, scale.shape[2], -1) if per_token else (
-        N, -1, rounding.group // each, K)).astype(jnp.float32)
-    wide = lambda v, k=k: jnp.expand_dims(
-        (v[:, k::each] if per_token else v).astype(jnp.float32), axis)
-    out.append((codes * wide(scale) + wide(least)).astype(dtype).reshape(N, rows, K))
-  return out
+  per_token = scale.shape[1] * rounding.bits == packed.shape[1] * 8
+  codes = attention_decode.Codes(packed, scale, least)
+  return joined(apart(codes, rounding.bits, dtype, per_token=per_token))
 
 
 def overwritten(slot, name, new, at, several):

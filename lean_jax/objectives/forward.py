@@ -4,8 +4,12 @@ A batch is a dict of arrays: `tokens` [B T], and as the model and the task want 
 (which tokens are real), `token_types` [B T], `decoder_tokens` [B U], `decoder_mask` [B U], and
 `labels`: [B T] or [B], the targets of each position or of each row, negative where none.
 """
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import AxisType
 
 INPUTS = ('tokens', 'mask', 'token_types', 'decoder_tokens', 'decoder_mask')
 
@@ -14,7 +18,46 @@ def forward(module, params, batch):
   """The outputs of a model, [B T V] or [B C], and the sum of its layers' auxiliary losses."""
   given = {k: batch[k] for k in INPUTS if k in batch}
   (outputs, _), sown = module.apply({'params': params}, **given, mutable=['losses'])
-  return outputs, sum((jnp.sum(x) for x in jax.tree.leaves(sown)), jnp.zeros(()))
+  return outputs, _sum(sown)
+
+
+class Hidden(NamedTuple):
+  """A model on a batch, but for its head's product, from which losses follow without all logits.
+
+  Attributes:
+    states: [B*T D].
+    matrix: of the head.
+    head: how products with it are logits, as `kernels.distill_loss` takes it.
+    auxiliary: the sum of the layers' auxiliary losses.
+  """
+  states: Any
+  matrix: Any
+  head: Any
+  auxiliary: Any
+
+
+def hidden(module, params, batch):
+  """The Hidden of a model; None of one whose outputs are no product of `hidden` and a matrix."""
+  found = module.head_of(params) if hasattr(module, 'head_of') else None
+  if found is None:
+    return None
+  given = {k: batch[k] for k in INPUTS if k in batch}
+  (x, _), sown = module.apply({'params': params}, **given, mutable=['losses'], method='hidden')
+  return Hidden(x.reshape(-1, x.shape[-1]), *found, _sum(sown))
+
+
+def token_axes():
+  """The axes of the mesh that is set over which the compiler spreads a batch's rows."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+  axes, = nn.logical_to_mesh_axes(('batch',)) or (None,)
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return tuple(a for a in axes if kinds.get(a, AxisType.Manual) != AxisType.Manual
+               and mesh.shape[a] > 1)
+
+
+def _sum(sown):
+  return sum((jnp.sum(x) for x in jax.tree.leaves(sown)), jnp.zeros(()))
 
 
 def targets(batch):

@@ -2,7 +2,8 @@
 import jax
 import jax.numpy as jnp
 
-from lean_jax.objectives.forward import forward, targets
+from lean_jax.kernels.distill_loss import api as distill_loss
+from lean_jax.objectives.forward import forward, hidden, targets, token_axes
 
 
 def cross_entropy(logits, wanted, mask):
@@ -43,10 +44,17 @@ _nll.defvjp(_forward, _backward)
 def next_token(module):
   """The loss of a model on its targets: (params, batch, key) -> (nats a token, metrics).
 
-  A batch is as in `forward`; a mixture of experts adds its auxiliary losses.
+  A batch is as in `forward`; a mixture of experts adds its auxiliary losses. The logits are never
+  all in memory where they are a product with a matrix of floats; see `kernels.distill_loss`.
   """
   def loss(params, batch, key):
     del key
+    wanted, mask = targets(batch)
+    x = hidden(module, params, batch)
+    if x is not None:
+      nll = distill_loss.cross_entropy(x.states, x.matrix, wanted.reshape(-1), head=x.head,
+                                       weights=mask.reshape(-1), axes=token_axes())
+      return nll + x.auxiliary, {}
     outputs, auxiliary = forward(module, params, batch)
-    return cross_entropy(outputs, *targets(batch)) + auxiliary, {}
+    return cross_entropy(outputs, wanted, mask) + auxiliary, {}
   return loss

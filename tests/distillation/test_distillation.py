@@ -4,10 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lean_jax import methods
 from lean_jax.distillation.soft_labels import distillation, soft_labels
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
 from lean_jax.models.decoder import Decoder, DecoderConfig
+from lean_jax.objectives.forward import forward, hidden, targets
 from lean_jax.objectives.language_modeling import cross_entropy, next_token
 
 SHAPE = (2, 5, 11)
@@ -69,6 +71,49 @@ def test_the_language_modeling_loss_is_optax():
   value, metrics = mixed(params, dict(tokens=tokens), None, teacher_params=params)
   np.testing.assert_allclose(metrics['hard'], want, rtol=1e-6)
   np.testing.assert_allclose(value, .75 * want, rtol=1e-5)                # soft is 0: one model
+
+
+HEADS = [dict(), dict(tied=False), dict(logit_scale=.5, logit_softcap=2.), dict(head_bias=True),
+         dict(tied=False, embedding_width=8)]
+
+
+@pytest.mark.parametrize('head', HEADS, ids=str)
+def test_losses_of_hidden_states_are_those_of_the_logits(head):
+  config = DecoderConfig(vocabulary=32, width=16, layers=1, heads=2, groups=1, head_width=8,
+                         hidden=16, context=8, **head)
+  module = Decoder(config)
+  tokens = jax.random.randint(jax.random.key(0), (3, 8), 0, 32)
+  batch = dict(tokens=tokens, mask=jnp.ones((3, 8), bool).at[1, 5:].set(False))
+  student, teacher = (jax.jit(module.init)(jax.random.key(k), tokens)['params'] for k in (1, 2))
+  plain = 'head_bias' in head or 'embedding_width' in head
+  assert (hidden(module, student, batch) is None) == plain
+
+  def of_logits(params):
+    (y, _), (target, _) = (forward(module, p, batch) for p in (params, teacher))
+    wanted, mask = targets(batch)
+    hard = cross_entropy(y, wanted, mask)
+    return .25 * soft_labels(y, target, mask, temperature=3.) + .75 * hard, hard
+
+  mixed = lambda params: distillation(module, module, temperature=3., soft_weight=.25)(
+      params, batch, None, teacher_params=teacher)
+  value_and_grads = lambda f: jax.tree.leaves(jax.jit(jax.value_and_grad(f))(student))
+  hard = lambda params: next_token(module)(params, batch, None)[0]
+  for ours, theirs in ((lambda p: mixed(p)[0], lambda p: of_logits(p)[0]),
+                       (hard, lambda p: of_logits(p)[1])):
+    for a, b in zip(value_and_grads(ours), value_and_grads(theirs)):
+      np.testing.assert_allclose(a, b, atol=2e-6)        # float32: another order of the same sums
+  np.testing.assert_allclose(mixed(student)[1]['hard'], of_logits(student)[1], rtol=1e-6)
+
+
+def test_a_head_that_is_not_of_floats_has_its_own_product():
+  config = DecoderConfig(vocabulary=32, width=16, layers=1, heads=2, groups=1, head_width=8,
+                         hidden=16, context=8, tied=False)
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  params = jax.jit(config.module.init)(jax.random.key(1), tokens)['params']
+  assert hidden(config.module, params, dict(tokens=tokens)) is not None
+  params = methods.apply(params, (dict(where='head/.*', method='lora', rank=2, alpha=4),),
+                         jax.random.key(1))
+  assert hidden(config.module, params, dict(tokens=tokens)) is None
 
 
 @pytest.mark.parametrize(('change', 'says'), [

@@ -1,0 +1,1 @@
+"""One query a row over keys and values in codes of few bits."""

@@ -1,0 +1,82 @@
+"""The oracle of distill_loss: all logits, and what the losses are of them."""
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Head(NamedTuple):
+  """How hidden states become logits: softcap * tanh(scale * (h @ w) / softcap).
+
+  Attributes:
+    table: whether w is [V D], an embedding's table; else it is [D V].
+    scale: of the product.
+    softcap: None leaves it.
+  """
+  table: bool = False
+  scale: float = 1.
+  softcap: float | None = None
+
+
+class Plan(NamedTuple):
+  """What is computed; hashable.
+
+  Attributes:
+    divergence: None, or the function of log q and log p, of `kinds`; options: its own, in pairs.
+    temperature: of both distributions.
+    soft_weight: of the divergence; the cross-entropy has the rest.
+    student, teacher: Heads.
+    chunk: tokens at a time; None leaves it to the implementation.
+    axes: of the mesh, over which the tokens are.
+  """
+  divergence: Any
+  options: tuple
+  temperature: float
+  soft_weight: float
+  student: Head
+  teacher: Head
+  chunk: int | None
+  axes: tuple
+
+
+def product(h, w, head):
+  """h [T D] times a head's w: [T V], in float32 at least."""
+  return lax.dot_general(h, w.astype(h.dtype), (((1,), (1 if head.table else 0,)), ((), ())),
+                         preferred_element_type=wide(h.dtype))
+
+
+def logits(y, head):
+  """What a head makes of its product y."""
+  y = y if head.scale == 1 else y * head.scale
+  return y if head.softcap is None else head.softcap * jnp.tanh(y / head.softcap)
+
+
+def sums(plan, zs, zt, labels, weights):
+  """The weighted sums of the loss, and of its (soft, hard) parts, of products [T V] of the heads.
+
+  The soft one is times temperature squared; a part that there is not is 0.
+  """
+  z = logits(zs, plan.student)
+  soft = hard = jnp.zeros(z.shape[:1], z.dtype)
+  if zt is not None:
+    distribution = lambda x: jax.nn.log_softmax(x / plan.temperature)
+    soft = plan.temperature ** 2 * plan.divergence(
+        distribution(z), distribution(logits(zt, plan.teacher)), **dict(plan.options))
+  if labels is not None:
+    hit = labels[:, None] == jnp.arange(z.shape[1])[None]              # no gather: no scatter back
+    hard = jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(hit, z, 0), axis=-1)
+  soft, hard = (jnp.sum(weights.astype(x.dtype) * x) for x in (soft, hard))
+  return plan.soft_weight * soft + (1 - plan.soft_weight) * hard, (soft, hard)
+
+
+def distill_loss(plan, hs, ws, ht, wt, labels, weights):
+  """As `api.distill_loss`, of weights whose sum is 1."""
+  zt = None if ht is None else product(ht, wt, plan.teacher)
+  total, parts = sums(plan, product(hs, ws, plan.student), zt, labels, weights)
+  return total, *parts
+
+
+def wide(dtype):
+  """The dtype of sums."""
+  return jnp.promote_types(dtype, jnp.float32)
