@@ -34,7 +34,7 @@ def greatest(wide):
 
 
 def step_of(top, given=None):
-  """The step [... M 1] of rows whose greatest magnitude is `top`; the given one unless it is NaN."""
+  """The step [... M 1] of rows of greatest magnitude `top`; the given one unless that is NaN."""
   if given is None:
     return jnp.where(top == 0, 1, top / 127)
   return jnp.where(jnp.isnan(top), top, given.astype(jnp.float32))
