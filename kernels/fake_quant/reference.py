@@ -1,7 +1,7 @@
 """The oracle of fake_quant: in, and out again."""
 import jax.numpy as jnp
 
-from lean_jax.kernels.int8_matmul.reference import quantize_rows
+from lean_jax.kernels.quantize_rows.reference import quantize_rows
 from lean_jax.quantization import formats
 
 

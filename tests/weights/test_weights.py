@@ -14,7 +14,7 @@ from flax.core import meta
 from lean_jax import tree
 from lean_jax.adapters.lora import lora, merge_lora
 from lean_jax.errors import InputError
-from lean_jax.kernels.int8_matmul.reference import quantize_rows
+from lean_jax.kernels.quantize_rows.reference import quantize_rows
 from lean_jax.nn.linear import dims_of
 from lean_jax.quantization.ema import ema
 from lean_jax.quantization.llm_int8 import apart
