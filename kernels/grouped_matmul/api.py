@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lean_jax.kernels.grouped_matmul import cpu, reference
+from lean_jax.kernels.platforms.choice import Form, chosen
 
 IMPLEMENTATIONS = ('blocks', 'ragged', 'reference')
 
@@ -19,18 +20,15 @@ def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
     sizes: [E], integer, rows of each group; 0 is allowed. Their sum is M.
     matrix: None, or the function from one group's part of `w` to its matrix [I O]: on a CPU only
       the matrices of groups with rows are made, one at a time.
-    implementation: one of `IMPLEMENTATIONS`; None is 'blocks' on a CPU and 'ragged'
-      (`jax.lax.ragged_dot`) elsewhere. 'reference' is slow; for tests.
+    implementation: one of `IMPLEMENTATIONS`; None is 'blocks' on a CPU, where alone it runs, and
+      'ragged' (`jax.lax.ragged_dot`) elsewhere. 'reference' is slow; for tests.
 
   Returns:
     [M O] in x's dtype, sums in float32; int32 of int8.
 
   Raises:
-    ValueError: shapes do not fit, or there is no such implementation.
+    ValueError: shapes do not fit, or an implementation that is not there or does not run here.
   """
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(f'no implementation {implementation!r}; there are: '
-                     f'{", ".join(IMPLEMENTATIONS)}')
   matrix = _identity if matrix is None else matrix
   shape = jax.eval_shape(lambda w: jax.vmap(matrix)(w), w).shape
   if x.ndim != 2 or len(shape) != 3 or shape[1] != x.shape[1] or sizes.shape != shape[:1]:
@@ -41,12 +39,12 @@ def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(implementation, matrix, x, w, sizes):
-  forms = dict(
-      blocks=lambda x, w, sizes: cpu.grouped_matmul(x, w, sizes, matrix),
-      ragged=lambda x, w, sizes: _ragged(x, jax.vmap(matrix)(w), sizes),
-      reference=lambda x, w, sizes: reference.grouped_matmul(
-          x, jax.vmap(matrix)(w).astype(x.dtype), sizes))
-  return _by_platform(implementation, forms)(x, w, sizes)
+  forms = [
+      Form(lambda x, w, sizes: cpu.grouped_matmul(x, w, sizes, matrix), 'blocks', ('cpu',)),
+      Form(lambda x, w, sizes: _ragged(x, jax.vmap(matrix)(w), sizes), 'ragged'),
+      Form(lambda x, w, sizes: reference.grouped_matmul(
+          x, jax.vmap(matrix)(w).astype(x.dtype), sizes), 'reference')]
+  return chosen('grouped_matmul', forms, implementation)(x, w, sizes)
 
 
 def _forward(implementation, matrix, x, w, sizes):
@@ -76,9 +74,10 @@ def _backward(implementation, matrix, saved, dy):
     return pull(dy)[0]
 
   own = tuple([a for a, f in zip(leaves, floats) if f is kind] for kind in (True, False))
-  forms = dict(blocks=lambda x, dy, sizes, own: cpu.outer(x, dy, sizes, own, back), ragged=ragged)
+  forms = [Form(lambda x, dy, sizes, own: cpu.outer(x, dy, sizes, own, back), 'blocks', ('cpu',)),
+           Form(ragged, 'ragged')]
   name = 'ragged' if implementation == 'reference' else implementation
-  grads = iter(_by_platform(name, forms)(x, dy, sizes, own))
+  grads = iter(chosen('grouped_matmul', forms, name)(x, dy, sizes, own))
   return dx, tree.unflatten([next(grads) if f else None for f in floats]), None
 
 
@@ -89,12 +88,6 @@ def _ragged(x, w, sizes):
   y = lax.ragged_dot(x, w.astype(x.dtype), sizes,
                      preferred_element_type=reference.result(x.dtype, sum_of=True))
   return y.astype(reference.result(x.dtype))
-
-
-def _by_platform(implementation, forms):
-  if implementation is not None:
-    return forms[implementation]
-  return lambda *args: lax.platform_dependent(*args, cpu=forms['blocks'], default=forms['ragged'])
 
 
 def _identity(w):
