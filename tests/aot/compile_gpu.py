@@ -1,0 +1,70 @@
+"""Compiles a GPU kernel for an H200 on this machine's CPU, and prints what of (a line of JSON).
+
+python tests/aot/compile_gpu.py int8|w4 M N K
+"""
+import glob
+import json
+import os
+import re
+import sys
+import tempfile
+
+os.environ.update(JAX_PLATFORMS='cpu', CUDA_VISIBLE_DEVICES='-1', MOSAIC_GPU_DUMP_PTX='1')
+FOLDER = tempfile.mkdtemp()
+os.environ.update(MOSAIC_GPU_DUMP_TO=FOLDER, MOSAIC_GPU_DUMP_PTXAS='1')
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+H200 = '''
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000  l2_cache_size: 62914560  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+'''
+
+
+def compiled(f, *args):
+  """f of ShapeDtypeStructs, compiled for one H200."""
+  chip = topologies.get_topology_desc(platform='cuda', target_config=H200,
+                                      topology='1x1x1').devices[0]
+  mesh = jax.sharding.Mesh(np.array([chip]), ('x',))
+  one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
+  return jax.jit(f).trace(*shapes).lower(lowering_platforms=('cuda',)).compile()
+
+
+def main(kind, M, N, K):
+  of = jax.ShapeDtypeStruct
+  if kind == 'int8':
+    from lean_jax.kernels.int8_matmul import gpu
+    compiled(gpu.scaled_product, of((M, K), jnp.int8), of((N, K), jnp.int8),
+             of((M,), jnp.float32), of((N,), jnp.float32))
+  else:
+    from lean_jax.kernels.weight_only_matmul import gpu
+    compiled(gpu.grouped_product, of((M, K), jnp.bfloat16), of((N, K // 2), jnp.uint8),
+             of((K // 128, N), jnp.bfloat16))
+  files = {os.path.basename(f): open(f, errors='replace').read()
+           for f in glob.glob(f'{FOLDER}/**/*', recursive=True) if os.path.isfile(f)}
+  ptx = '\n'.join(text for text in files.values() if '.target sm_90' in text)
+  log = '\n'.join(text for name, text in files.items() if 'ptxas' in name)
+  found = lambda pattern: [int(n) for n in re.findall(pattern, log)]
+  print(json.dumps(dict(
+      wgmma=sorted(set(re.findall(r'wgmma\.mma_async\S*', ptx))),
+      spilled=found(r'(\d+) bytes spill'), registers=found(r'Used (\d+) registers'),
+      files=sorted(files))))
+
+
+if __name__ == '__main__':
+  main(sys.argv[1], *map(int, sys.argv[2:]))
