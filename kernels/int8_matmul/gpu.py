@@ -57,7 +57,7 @@ def _blocks(codes, values, row_scale, scale):
 
     def summed(sums):
       def step(_, x, w):
-        plgpu.wgmma(sums, x, plgpu.transpose_ref(w, (1, 0)))
+        plgpu.wgmma(sums, x, w.T)
         plgpu.wgmma_wait(1)                # the step before is done: its blocks may be overwritten
       steps = K // BLOCK
       read = lambda at: plgpu.BlockSpec((BLOCK, BLOCK), lambda k: (at, k), transforms=laid_out,

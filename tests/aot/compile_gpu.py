@@ -1,6 +1,6 @@
-"""Compiles a GPU kernel for an H200 on this machine's CPU, and prints what of (a line of JSON).
+"""Compiles int8_matmul's kernel for an H200 on this machine's CPU, and prints what of (a line of JSON).
 
-python tests/aot/compile_gpu.py int8|w4 M N K
+python tests/aot/compile_gpu.py M N K
 """
 import glob
 import json
@@ -45,16 +45,11 @@ def compiled(f, *args):
   return jax.jit(f).trace(*shapes).lower(lowering_platforms=('cuda',)).compile()
 
 
-def main(kind, M, N, K):
+def main(M, N, K):
+  from lean_jax.kernels.int8_matmul import gpu
   of = jax.ShapeDtypeStruct
-  if kind == 'int8':
-    from lean_jax.kernels.int8_matmul import gpu
-    compiled(gpu.scaled_product, of((M, K), jnp.int8), of((N, K), jnp.int8),
-             of((M,), jnp.float32), of((N,), jnp.float32))
-  else:
-    from lean_jax.kernels.weight_only_matmul import gpu
-    compiled(gpu.grouped_product, of((M, K), jnp.bfloat16), of((N, K // 2), jnp.uint8),
-             of((K // 128, N), jnp.bfloat16))
+  compiled(gpu.scaled_product, of((M, K), jnp.int8), of((N, K), jnp.int8),
+           of((M,), jnp.float32), of((N,), jnp.float32))
   files = {os.path.basename(f): open(f, errors='replace').read()
            for f in glob.glob(f'{FOLDER}/**/*', recursive=True) if os.path.isfile(f)}
   ptx = '\n'.join(text for text in files.values() if '.target sm_90' in text)
@@ -67,4 +62,4 @@ def main(kind, M, N, K):
 
 
 if __name__ == '__main__':
-  main(sys.argv[1], *map(int, sys.argv[2:]))
+  main(*map(int, sys.argv[1:]))
