@@ -1,10 +1,12 @@
-"""Compiles int8_matmul's kernel for an H200 on this machine's CPU, and prints what of (a line of JSON).
+"""Compiles int8_matmul's GPU kernel for an H200 on this machine's CPU, and says into what.
 
 python tests/aot/compile_gpu.py M N K
+
+Prints a line of JSON: the wgmma instructions in the PTX, bytes spilled and registers by ptxas.
 """
-import glob
 import json
 import os
+import pathlib
 import re
 import sys
 import tempfile
@@ -13,10 +15,10 @@ os.environ.update(JAX_PLATFORMS='cpu', CUDA_VISIBLE_DEVICES='-1', MOSAIC_GPU_DUM
 FOLDER = tempfile.mkdtemp()
 os.environ.update(MOSAIC_GPU_DUMP_TO=FOLDER, MOSAIC_GPU_DUMP_PTXAS='1')
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
 
 H200 = '''
 gpu_device_info {
@@ -50,8 +52,8 @@ def main(M, N, K):
   of = jax.ShapeDtypeStruct
   compiled(gpu.scaled_product, of((M, K), jnp.int8), of((N, K), jnp.int8),
            of((M,), jnp.float32), of((N,), jnp.float32))
-  files = {os.path.basename(f): open(f, errors='replace').read()
-           for f in glob.glob(f'{FOLDER}/**/*', recursive=True) if os.path.isfile(f)}
+  files = {f.name: f.read_text(errors='replace') for f in pathlib.Path(FOLDER).rglob('*')
+           if f.is_file()}
   ptx = '\n'.join(text for text in files.values() if '.target sm_90' in text)
   log = '\n'.join(text for name, text in files.items() if 'ptxas' in name)
   found = lambda pattern: [int(n) for n in re.findall(pattern, log)]

@@ -9,7 +9,7 @@ from lean_jax.kernels.int8_matmul import gpu
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='the interpreter came with JAX 0.11')
-@pytest.mark.parametrize('M, N, K', [(5, 40, 128), (130, 200, 300), (128, 128, 768)])
+@pytest.mark.parametrize(('M', 'N', 'K'), [(5, 40, 128), (130, 200, 300), (128, 128, 768)])
 def test_sums_are_exact_whatever_fills_blocks(M, N, K):
   rng = np.random.default_rng(M)
   codes, values = (rng.integers(-127, 128, s).astype(np.int8) for s in ((M, K), (N, K)))
