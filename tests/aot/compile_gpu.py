@@ -1,0 +1,67 @@
+"""Compiles int8_matmul's GPU kernel for an H200 on this machine's CPU, and says into what.
+
+python tests/aot/compile_gpu.py M N K
+
+Prints a line of JSON: the wgmma instructions in the PTX, bytes spilled and registers by ptxas.
+"""
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+os.environ.update(JAX_PLATFORMS='cpu', CUDA_VISIBLE_DEVICES='-1', MOSAIC_GPU_DUMP_PTX='1')
+FOLDER = tempfile.mkdtemp()
+os.environ.update(MOSAIC_GPU_DUMP_TO=FOLDER, MOSAIC_GPU_DUMP_PTXAS='1')
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+H200 = '''
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000  l2_cache_size: 62914560  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+'''
+
+
+def compiled(f, *args):
+  """f of ShapeDtypeStructs, compiled for one H200."""
+  chip = topologies.get_topology_desc(platform='cuda', target_config=H200,
+                                      topology='1x1x1').devices[0]
+  mesh = jax.sharding.Mesh(np.array([chip]), ('x',))
+  one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
+  return jax.jit(f).trace(*shapes).lower(lowering_platforms=('cuda',)).compile()
+
+
+def main(M, N, K):
+  from lean_jax.kernels.int8_matmul import gpu
+  of = jax.ShapeDtypeStruct
+  compiled(gpu.scaled_product, of((M, K), jnp.int8), of((N, K), jnp.int8),
+           of((M,), jnp.float32), of((N,), jnp.float32))
+  files = {f.name: f.read_text(errors='replace') for f in pathlib.Path(FOLDER).rglob('*')
+           if f.is_file()}
+  ptx = '\n'.join(text for text in files.values() if '.target sm_90' in text)
+  log = '\n'.join(text for name, text in files.items() if 'ptxas' in name)
+  found = lambda pattern: [int(n) for n in re.findall(pattern, log)]
+  print(json.dumps(dict(
+      wgmma=sorted(set(re.findall(r'wgmma\.mma_async\S*', ptx))),
+      spilled=found(r'(\d+) bytes spill'), registers=found(r'Used (\d+) registers'),
+      files=sorted(files))))
+
+
+if __name__ == '__main__':
+  main(*map(int, sys.argv[1:]))
