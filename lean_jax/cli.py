@@ -53,8 +53,10 @@ def _parser():
            '--workdir=tiny', folder=False)
   p.add_argument('--workdir', required=True, help='everything made goes here')
   p.add_argument('--json', action='store_true', help='print the report as JSON')
-  p = verb('info', _info, 'what a model is: each weight, its kind, shape and bytes',
-           'lean-jax info DIR')
+  p = verb('info', _info, 'what a model is: each weight, its kind, shape and bytes; without one, '
+           'what this machine runs', 'lean-jax info DIR', folder=False)
+  p.add_argument('folder', metavar='DIR', nargs='?', help='a Hugging Face or lean_jax model '
+                 'folder, or ORGANIZATION/NAME of the hub, or a GGUF file')
   p.add_argument('--json', action='store_true')
   p = verb('eval', _eval, 'perplexity on text, by the protocol of docs/evaluation.md',
            'lean-jax eval DIR --data stories.jsonl --window 512')
@@ -128,6 +130,12 @@ def _info(arguments, _):
   from lean_jax import tree
   from lean_jax.api import load
   from lean_jax.report.kinds import kind
+  if arguments.folder is None:
+    from lean_jax.report.machine import machine
+    found = machine()
+    print(json.dumps(found) if arguments.json else
+          '\n'.join(f'{name}: {value}' for name, value in found.items()))
+    return
   model = load(arguments.folder)
   rows = [dict(name=name, kind=kind(w), shape=list(w.shape), parameters=tree.parameters({'w': w}),
                bytes=tree.nbytes(w)) for name, w in tree.named_weights(model.params).items()]

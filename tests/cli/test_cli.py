@@ -7,10 +7,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import lean_jax as lean
 from lean_jax.cli import main
+from lean_jax.kernels.native import library
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / 'experiments' / 'lean_pipeline.py') + ':tiny'
 
@@ -37,6 +39,16 @@ def fails(capsys, *arguments, says):
   for word in says:
     assert word in line
   return line
+
+
+def test_info_without_a_model_says_which_kernels_run(capsys, monkeypatch):
+  assert main(['info', '--json']) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['jax'] == jax.__version__ and 'cpu' in found['devices']
+  assert found['native_kernels'] in library.LEVELS or library.why_not() in found['native_kernels']
+  monkeypatch.setattr(library, 'why_not', lambda: 'was not built')
+  assert main(['info']) == 0
+  assert 'native_kernels: none, XLA in their place: was not built' in capsys.readouterr().out
 
 
 def test_info_names_each_weight_and_its_kind(folder, capsys):

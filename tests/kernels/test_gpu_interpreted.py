@@ -1,4 +1,4 @@
-"""int8_matmul's GPU kernel in Mosaic GPU's interpreter, which looks for races."""
+"""int8_matmul's GPU kernel in Mosaic GPU's interpreter."""
 import jax
 import jax.numpy as jnp
 import numpy as np
