@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
                folder=tmp_path / 'kept')
 
 
-@pytest.mark.parametrize('method', ['gptq', 'awq'])
+@pytest.mark.parametrize('method', ['gptq', pytest.param('awq', marks=pytest.mark.slow)])
 def test_one_layer_is_held_above_the_model_and_its_copy(method):
   config = DecoderConfig(vocabulary=100, width=64, layers=16, heads=2, groups=2, head_width=32,
                          hidden=192, context=32)

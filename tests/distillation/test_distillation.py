@@ -73,11 +73,12 @@ def test_the_language_modeling_loss_is_optax():
   np.testing.assert_allclose(value, .75 * want, rtol=1e-5)                # soft is 0: one model
 
 
-HEADS = [dict(), dict(tied=False), dict(logit_scale=.5, logit_softcap=2.), dict(head_bias=True),
-         dict(tied=False, embedding_width=8)]
+HEADS = [dict(), dict(logit_scale=.5, logit_softcap=2.)]
+MORE = [dict(tied=False), dict(head_bias=True), dict(tied=False, embedding_width=8)]
 
 
-@pytest.mark.parametrize('head', HEADS, ids=str)
+@pytest.mark.parametrize('head', [*HEADS, *(pytest.param(h, marks=pytest.mark.slow) for h in MORE)],
+                         ids=str)
 def test_losses_of_hidden_states_are_those_of_the_logits(head):
   config = DecoderConfig(vocabulary=32, width=16, layers=1, heads=2, groups=1, head_width=8,
                          hidden=16, context=8, **head)

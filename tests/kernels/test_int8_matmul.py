@@ -25,7 +25,7 @@ def operands(shape, seed=0, group=None):
 
 
 @pytest.mark.parametrize('implementation', ['xla', None, native])
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(st.tuples(st.integers(1, 9), st.integers(1, 33), st.integers(1, 9)),
        st.sampled_from([None, 1, 4, 8]), st.booleans(), st.integers(0, 2 ** 31 - 1))
 def test_an_implementation_equals_the_reference(implementation, shape, group, static, seed):
@@ -42,7 +42,7 @@ def test_an_implementation_equals_the_reference(implementation, shape, group, st
 @pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
 @pytest.mark.parametrize('level', range(len(library.LEVELS)))
 @pytest.mark.parametrize('bits', [8, 4])
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(st.tuples(st.sampled_from([1, 2, 5, 7, 13]), st.integers(1, 90), st.integers(1, 150)),
        st.sampled_from([None, 8, 24, 64]), st.booleans(), st.integers(0, 2 ** 31 - 1))
 def test_every_level_of_the_native_kernel_equals_the_reference(level, bits, shape, group, static,
