@@ -455,20 +455,41 @@ void IntegerOne(ffi::ThreadPool& pool, const Rounded& x, const Weight& w, float*
   }
 }
 
-// Rows [first, last) of a panel, four to a lane: [rows / 4, 64 columns, 4].
-AVX512 void LayOut(const Weight& w, int64_t first, int64_t last, int64_t n, uint8_t* out) {
-  const __mmask64 mask = Mask(w.N - n);
+// Rows [first, last) of panels from column n on, four to a lane: each [DEPTH / 4, 64 columns, 4].
+// All panels of four rows are read before the next rows: memory gives long pieces faster.
+AVX512 void LayOut(const Weight& w, int64_t first, int64_t last, int64_t n, int64_t panels,
+                   uint8_t* out) {
   const int64_t rows = w.byte_rows(), each = w.bits == 4 ? 8 : 4;
   for (int64_t k = first; k < last; k += each) {
-    const int64_t byte = k / w.each();
-    __m512i r[4];
-    for (int i = 0; i < 4; ++i) r[i] = Row(w, byte + i, n, mask, rows);
-    const Four u = InOrder(Interleaved(r[0], r[1], r[2], r[3]));
-    for (int i = 0; i < 4; ++i, out += 64)
-      _mm512_storeu_si512(out, w.bits == 4 ? Low(u.v[i])
-                                           : _mm512_xor_si512(u.v[i], _mm512_set1_epi8(-128)));
-    if (w.bits == 4)
-      for (int i = 0; i < 4; ++i, out += 64) _mm512_storeu_si512(out, High(u.v[i]));
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t byte = k / w.each(), at = n + p * PANEL;
+      const __mmask64 mask = Mask(w.N - at);
+      uint8_t* to = out + p * DEPTH * PANEL + (k - first) * PANEL;
+      __m512i r[4];
+      for (int i = 0; i < 4; ++i) r[i] = Row(w, byte + i, at, mask, rows);
+      const Four u = InOrder(Interleaved(r[0], r[1], r[2], r[3]));
+      for (int i = 0; i < 4; ++i, to += 64)
+        _mm512_storeu_si512(to, w.bits == 4 ? Low(u.v[i])
+                                            : _mm512_xor_si512(u.v[i], _mm512_set1_epi8(-128)));
+      if (w.bits == 4)
+        for (int i = 0; i < 4; ++i, to += 64) _mm512_storeu_si512(to, High(u.v[i]));
+    }
+  }
+}
+
+// How many panels a thread takes at a time: what M rows of sums and they take stays in its cache.
+int64_t Panels(int64_t M) { return M <= 64 ? 8 : M <= 128 ? 4 : M <= 256 ? 2 : 1; }
+
+// Calls tile(how many rows, from which) on rows [m, end): six at a time, and what is left.
+template <class F>
+INLINE void Tiled(int64_t m, int64_t end, F tile) {
+  for (; m + 6 <= end; m += 6) tile(std::integral_constant<int, 6>(), m);
+  switch (end - m) {
+    case 5: return tile(std::integral_constant<int, 5>(), m);
+    case 4: return tile(std::integral_constant<int, 4>(), m);
+    case 3: return tile(std::integral_constant<int, 3>(), m);
+    case 2: return tile(std::integral_constant<int, 2>(), m);
+    case 1: return tile(std::integral_constant<int, 1>(), m);
   }
 }
 
@@ -505,45 +526,41 @@ AVX512 void IntegerTile(const int8_t* a, int64_t stride, const uint8_t* b, int64
   }
 }
 
-AVX512 void IntegerPanel512(const Rounded& x, const Weight& w, int64_t M, int64_t n, float* y) {
-  const int64_t count = std::min(PANEL, w.N - n), each = w.bits == 4 ? 8 : 4;
+AVX512 void IntegerPanels512(const Rounded& x, const Weight& w, int64_t M, int64_t n,
+                             int64_t panels, float* y) {
+  const int64_t each = w.bits == 4 ? 8 : 4;
   static thread_local std::vector<uint8_t> b;
   static thread_local std::vector<int32_t> sums;
   static thread_local std::vector<float> total;
-  b.resize(DEPTH * PANEL + 1024);
+  b.resize((panels * DEPTH + 8) * PANEL);
   alignas(64) float scale[PANEL];
   for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
-    const int64_t m1 = std::min(M, m0 + ROWS);
-    sums.resize((m1 - m0) * PANEL);
-    total.assign((m1 - m0) * PANEL, 0.f);
+    const int64_t m1 = std::min(M, m0 + ROWS), size = (m1 - m0) * PANEL;
+    sums.resize(panels * size);
+    total.assign(panels * size, 0.f);
     for (int64_t g = 0; g < w.groups(); ++g) {
       const int64_t end = std::min(w.K, (g + 1) * w.group);
-      w.scale.Read(g, n, count, scale);
       for (int64_t first = g * w.group; first < end; first += DEPTH) {
         const int64_t last = std::min(end, first + DEPTH);
-        LayOut(w, first, last, n, b.data());
+        LayOut(w, first, last, n, panels, b.data());
         const int64_t quads = (last - first + each - 1) / each * each / 4;
-        auto tile = [&](auto size, int64_t m) {
-          IntegerTile<decltype(size)::value>(
-              x.codes.data() + m * x.stride + first, x.stride, b.data(), quads,
-              first == g * w.group, last == end, x.sums.data() + m * x.G + g, x.G,
-              w.bits == 4 ? 8 : 128, scale, sums.data() + (m - m0) * PANEL,
-              total.data() + (m - m0) * PANEL);
-        };
-        int64_t m = m0;
-        for (; m + 6 <= m1; m += 6) tile(std::integral_constant<int, 6>(), m);
-        switch (m1 - m) {
-          case 5: tile(std::integral_constant<int, 5>(), m); break;
-          case 4: tile(std::integral_constant<int, 4>(), m); break;
-          case 3: tile(std::integral_constant<int, 3>(), m); break;
-          case 2: tile(std::integral_constant<int, 2>(), m); break;
-          case 1: tile(std::integral_constant<int, 1>(), m); break;
+        for (int64_t p = 0; p < panels; ++p) {
+          w.scale.Read(g, n + p * PANEL, std::min(PANEL, w.N - n - p * PANEL), scale);
+          auto tile = [&](auto rows, int64_t m) {
+            IntegerTile<decltype(rows)::value>(
+                x.codes.data() + m * x.stride + first, x.stride, b.data() + p * DEPTH * PANEL,
+                quads, first == g * w.group, last == end, x.sums.data() + m * x.G + g, x.G,
+                w.bits == 4 ? 8 : 128, scale, sums.data() + p * size + (m - m0) * PANEL,
+                total.data() + p * size + (m - m0) * PANEL);
+          };
+          Tiled(m0, m1, tile);
         }
       }
     }
-    for (int64_t m = m0; m < m1; ++m)
-      for (int64_t i = 0; i < count; ++i)
-        y[m * w.N + n + i] = total[(m - m0) * PANEL + i] * x.steps[m];
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t m = m0; m < m1; ++m)
+        for (int64_t i = 0; i < std::min(PANEL, w.N - n - p * PANEL); ++i)
+          y[m * w.N + n + p * PANEL + i] = total[p * size + (m - m0) * PANEL + i] * x.steps[m];
   }
 }
 
@@ -686,15 +703,7 @@ AVX512 void FloatPanel512(const float* x, const Weight& w, int64_t M, int64_t n,
           FloatTile<decltype(size)::value>(x + m * w.K + first, w.K, b.data(), last - first,
                                            total.data() + (m - m0) * PANEL);
         };
-        int64_t m = m0;
-        for (; m + 6 <= m1; m += 6) tile(std::integral_constant<int, 6>(), m);
-        switch (m1 - m) {
-          case 5: tile(std::integral_constant<int, 5>(), m); break;
-          case 4: tile(std::integral_constant<int, 4>(), m); break;
-          case 3: tile(std::integral_constant<int, 3>(), m); break;
-          case 2: tile(std::integral_constant<int, 2>(), m); break;
-          case 1: tile(std::integral_constant<int, 1>(), m); break;
-        }
+        Tiled(m0, m1, tile);
       }
     }
     for (int64_t m = m0; m < m1; ++m)
@@ -732,7 +741,14 @@ ffi::Error Integer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer
       IntegerOne(pool, r, w, out);
       continue;
     }
-    auto panel = use == 2 ? IntegerPanel512 : use == 1 ? IntegerPanel2 : IntegerPanel0;
+    if (use == 2) {
+      const int64_t all = (N + PANEL - 1) / PANEL, most = Panels(M);
+      Parallel(pool, (all + most - 1) / most, [&](int64_t p) {
+        IntegerPanels512(r, w, M, p * most * PANEL, std::min(most, all - p * most), out);
+      });
+      continue;
+    }
+    auto panel = use == 1 ? IntegerPanel2 : IntegerPanel0;
 #else
     auto panel = IntegerPanel0;
 #endif
