@@ -29,11 +29,26 @@ def static_names(kind):
 
 
 def pytree(cls):
-  """Makes `cls` a frozen dataclass and a pytree node; `static()` fields are no arrays."""
+  """Makes `cls` a frozen dataclass and a pytree node; `static()` fields are no arrays.
+
+  Not by `register_dataclass`, whose trees of different classes compare as equal (jax 0.10 to 0.12):
+  a compiled program's cache may then give one kind of weight that of another.
+  """
   cls = dataclasses.dataclass(frozen=True)(cls)
-  fixed = static_names(cls)
-  arrays = [f.name for f in dataclasses.fields(cls) if f.name not in fixed]
-  return jax.tree_util.register_dataclass(cls, arrays, fixed)
+  fixed = tuple(static_names(cls))
+  arrays = tuple(f.name for f in dataclasses.fields(cls) if f.name not in fixed)
+  keys = tuple(jax.tree_util.GetAttrKey(name) for name in arrays)
+  values = lambda w, names: tuple(getattr(w, name) for name in names)
+
+  def unflatten(static, children):
+    new = object.__new__(cls)
+    for name, value in zip(arrays + fixed, (*children, *static)):
+      object.__setattr__(new, name, value)
+    return new
+  jax.tree_util.register_pytree_with_keys(
+      cls, lambda w: (tuple(zip(keys, values(w, arrays))), values(w, fixed)), unflatten,
+      lambda w: (values(w, arrays), values(w, fixed)))
+  return cls
 
 
 class Weight(meta.AxisMetadata):
