@@ -713,20 +713,32 @@ AVX512 void FloatPanel512(const float* x, const Weight& w, int64_t M, int64_t n,
 
 #endif  // x86_64
 
+// Matrix e of a call's weights; zero and table may be null.
+Weight Matrix(int64_t e, const ffi::AnyBuffer& values, const ffi::AnyBuffer& scale, int64_t K,
+              int64_t group, int64_t bits, const uint8_t* zero, const float* table) {
+  const auto ws = values.dimensions(), ss = scale.dimensions();
+  const int64_t scales = e * ss[1] * ss[2];
+  const char* first = static_cast<const char*>(scale.untyped_data());
+  return {static_cast<const uint8_t*>(values.untyped_data()) + e * ws[1] * ws[2], K, ws[2], group,
+          bits, values.element_type() == ffi::DataType::S8,
+          {first + scales * static_cast<int64_t>(ffi::ByteWidth(scale.element_type())),
+           scale.element_type(), ss[2]},
+          zero ? zero + scales : nullptr, table};
+}
+
+// The level of instructions that a call uses: the best, or at most what it asks for.
+int Used(int64_t asked) { return asked < 0 ? Level() : std::min<int>(asked, Level()); }
+
 ffi::Error Integer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
                    ffi::AnyBuffer scale, ffi::Buffer<ffi::F32> fixed,
                    ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t group, int64_t level) {
-  const auto xs = x.dimensions(), ws = values.dimensions(), ss = scale.dimensions();
-  const int64_t E = xs[0], M = xs[1], K = xs[2], N = ws[2], G = ss[1];
-  const int use = level < 0 ? Level() : std::min<int>(level, Level());
-  const int64_t size = ffi::ByteWidth(scale.element_type());
-  for (int64_t e = 0; e < E; ++e) {
-    Weight w{static_cast<const uint8_t*>(values.untyped_data()) + e * ws[1] * N, K, N, group, bits,
-             true, {static_cast<const char*>(scale.untyped_data()) + e * G * ss[2] * size,
-                    scale.element_type(), ss[2]}, nullptr, nullptr};
+  const int64_t M = x.dimensions()[1], K = x.dimensions()[2], N = values.dimensions()[2];
+  const int use = Used(level);
+  for (int64_t e = 0; e < x.dimensions()[0]; ++e) {
+    const Weight w = Matrix(e, values, scale, K, group, bits, nullptr, nullptr);
     Rounded r;
-    r.stride = (K + 15) / 8 * 8, r.G = G;
-    r.codes.assign(M * r.stride, 0), r.sums.resize(M * G), r.steps.resize(M);
+    r.stride = (K + 15) / 8 * 8, r.G = w.groups();
+    r.codes.assign(M * r.stride, 0), r.sums.resize(M * r.G), r.steps.resize(M);
     const float* in = x.typed_data() + e * M * K;
     const float* one = fixed.element_count() ? fixed.typed_data() + e : nullptr;
     float* out = y->typed_data() + e * M * N;
@@ -760,17 +772,12 @@ ffi::Error Integer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer
 ffi::Error Floating(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
                     ffi::AnyBuffer scale, ffi::Buffer<ffi::U8> zero, ffi::Buffer<ffi::F32> table,
                     ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t group, int64_t level) {
-  const auto xs = x.dimensions(), ws = values.dimensions(), ss = scale.dimensions();
-  const int64_t E = xs[0], M = xs[1], K = xs[2], N = ws[2], G = ss[1];
-  const int use = level < 0 ? Level() : std::min<int>(level, Level());
-  const int64_t size = ffi::ByteWidth(scale.element_type());
-  for (int64_t e = 0; e < E; ++e) {
-    Weight w{static_cast<const uint8_t*>(values.untyped_data()) + e * ws[1] * N, K, N, group, bits,
-             values.element_type() == ffi::DataType::S8,
-             {static_cast<const char*>(scale.untyped_data()) + e * G * ss[2] * size,
-              scale.element_type(), ss[2]},
-             zero.element_count() ? zero.typed_data() + e * G * ss[2] : nullptr,
-             table.typed_data()};
+  const int64_t M = x.dimensions()[1], K = x.dimensions()[2], N = values.dimensions()[2];
+  const int use = Used(level);
+  for (int64_t e = 0; e < x.dimensions()[0]; ++e) {
+    const Weight w = Matrix(e, values, scale, K, group, bits,
+                            zero.element_count() ? zero.typed_data() : nullptr,
+                            table.typed_data());
     const float* in = x.typed_data() + e * M * K;
     float* out = y->typed_data() + e * M * N;
 #if defined(__x86_64__)
