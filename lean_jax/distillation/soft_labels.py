@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from lean_jax.errors import InputError
 from lean_jax.kernels.distill_loss import api as distill_loss
+from lean_jax.kernels.distill_loss.kinds import forward_kl
 from lean_jax.objectives.forward import forward, hidden, targets, token_axes
 from lean_jax.objectives.language_modeling import cross_entropy
 
@@ -24,7 +25,7 @@ def soft_labels(logits, target, mask, *, temperature):
   _check(logits.shape[-1], target.shape[-1], temperature)
   log_q = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
   log_p = jax.nn.log_softmax(jax.lax.stop_gradient(target).astype(jnp.float32) / temperature)
-  kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)          # [B T]
+  kl = forward_kl(log_q, log_p)                                    # [B T]
   return temperature ** 2 * jnp.sum(kl * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
