@@ -177,7 +177,7 @@ AVX512 INLINE Parts3 InParts(__m512 value) {
 // Activations in bfloat16, `parts` matrices [rows / 16, stride / 32, 16, 32]. Two rows of a pair of the weight are
 // beside each other, as `Pairs` lays them out: rows t and t + quad / 2 of the `quad` rows of a quad.
 struct Split {
-  std::vector<uint16_t> values;
+  Array<uint16_t> values;
   int64_t pitch, stride, rows;
   int parts;
 };

@@ -303,6 +303,71 @@ AVX512 void IntegerLine(const Rounded& x, const Weight& w, int64_t n, float* y) 
   for (int64_t i = 0; i < w.count(n); ++i) y[n + i] = scale[i] * x.steps[0];
 }
 
+// The bare numbers of code `c` of byte `r` of each of 16 columns' four.
+template <int BITS>
+AVX512 INLINE __m512 Column(const Weight& w, __m512i v, int r, int c, __m512 table) {
+  if (BITS < 8) return Numbers<BITS>(v, 8 * r + c * BITS, table);
+  const __m512i top = _mm512_slli_epi32(v, 24 - 8 * r);
+  return _mm512_cvtepi32_ps(w.is_signed ? _mm512_srai_epi32(top, 24) : _mm512_srli_epi32(top, 24));
+}
+
+// MT rows of floats times a panel: sums of a group's products with the bare numbers, then scales.
+// x: [MT stride], zeros past the last row of the weight; x_sums: [MT G].
+template <int BITS, int MT>
+AVX512 void FloatLines(const float* x, int64_t stride, const float* x_sums, const Weight& w,
+                       int64_t n, float* y) {
+  constexpr int64_t each = 8 / BITS, quad = 4 * each;
+  const uint8_t* b = w.data + n / PANEL * w.quads() * QUAD;
+  const __m512 table = BITS == 8 ? _mm512_setzero_ps() : _mm512_loadu_ps(w.table);
+  alignas(64) float scale[PANEL], zero[PANEL], total[MT][PANEL] = {};
+  for (int64_t g = 0; g < w.groups(); ++g) {
+    const int64_t rows = std::min(w.group, w.K - g * w.group);
+    const float* a = x + g * w.group;
+    __m512 acc[MT][4];
+    for (int i = 0; i < MT; ++i)
+      for (int j = 0; j < 4; ++j) acc[i][j] = _mm512_setzero_ps();
+    w.scale.Ahead(g + 2 < w.groups() ? g + 2 : g, n);
+    for (int64_t q = 0; q < (rows + quad - 1) / quad; ++q, a += quad, b += QUAD)
+      for (int j = 0; j < 4; ++j) {
+        const __m512i v = _mm512_loadu_si512(b + 64 * j);
+        __builtin_prefetch(b + AHEAD + 64 * j);
+        for (int r = 0; r < 4; ++r)
+          for (int c = 0; c < each; ++c) {
+            const __m512 value = Column<BITS>(w, v, r, c, table);
+            for (int i = 0; i < MT; ++i)
+              acc[i][j] = _mm512_fmadd_ps(value, _mm512_set1_ps(a[i * stride + r * each + c]),
+                                          acc[i][j]);
+          }
+      }
+    w.scale.Read(g, n, w.count(n), scale);
+    Zeros(w, g, n, w.count(n), zero);
+    for (int i = 0; i < MT; ++i) {
+      const __m512 less = _mm512_set1_ps(x_sums[i * w.groups() + g]);
+      for (int j = 0; j < 4; ++j) {
+        const __m512 value = _mm512_fnmadd_ps(_mm512_load_ps(zero + 16 * j), less, acc[i][j]);
+        _mm512_store_ps(total[i] + 16 * j, _mm512_fmadd_ps(
+            value, _mm512_load_ps(scale + 16 * j), _mm512_load_ps(total[i] + 16 * j)));
+      }
+    }
+  }
+  for (int i = 0; i < MT; ++i) std::copy_n(total[i], w.count(n), y + i * w.N + n);
+}
+
+template <int BITS>
+void FloatFewPanels(ffi::ThreadPool& pool, const float* x, const Weight& w, int64_t M, float* y) {
+  const int64_t stride = w.quads() * 4 * w.each(), G = w.groups();
+  Array<float> filled(M * stride, 0.f), sums(M * G, 0.f);
+  for (int64_t m = 0; m < M; ++m) {
+    std::copy_n(x + m * w.K, w.K, filled.data() + m * stride);
+    for (int64_t k = 0; k < w.K && w.zero; ++k) sums[m * G + k / w.group] += x[m * w.K + k];
+  }
+  auto lines = M == 1 ? FloatLines<BITS, 1> : M == 2 ? FloatLines<BITS, 2>
+                      : M == 3 ? FloatLines<BITS, 3> : FloatLines<BITS, 4>;
+  Parallel(pool, (w.N + PANEL - 1) / PANEL, [&](int64_t p) {
+    lines(filled.data(), stride, sums.data(), w, p * PANEL, y);
+  });
+}
+
 // `quads` from the first of panels from column n on, of a weight that lies in rows: [panels quads
 // QUAD]. All panels of four rows are read before the next rows: memory gives long pieces faster.
 AVX512 inline void Retile(const Weight& w, int64_t first, int64_t quads, int64_t n, int64_t panels,
@@ -355,11 +420,10 @@ inline std::vector<std::vector<Piece>> Blocks(const Weight& w, int64_t pitch, in
 //   Step(m)                     what a row of the result is multiplied by
 template <class K>
 AVX512 void Panels(K& k, const Weight& w, int64_t M, int64_t n, int64_t panels, float* y) {
-  static thread_local std::vector<uint8_t> bytes, laid;
-  static thread_local std::vector<int32_t> sums;
-  static thread_local std::vector<float> total, scale, zero;
-  laid.resize(k.size + 64);
-  uint8_t* b = laid.data() + (64 - reinterpret_cast<uintptr_t>(laid.data()) % 64) % 64;
+  static thread_local Array<uint8_t> bytes, laid;
+  static thread_local Array<int32_t> sums;
+  static thread_local Array<float> total, scale, zero;
+  laid.resize(k.size);
   const int64_t quad = 4 * w.each();
   for (int64_t m = 0; m < M; m += ROWS) {
     const int64_t end = std::min(M, m + ROWS), size = Up(end - m, 16) * PANEL;
@@ -382,7 +446,7 @@ AVX512 void Panels(K& k, const Weight& w, int64_t M, int64_t n, int64_t panels, 
         }
         const uint8_t* tiles = w.panels ? w.data + (at / PANEL * w.quads() + first) * QUAD
                                         : bytes.data() + p * quads * QUAD;
-        const uint8_t* from = k.Lay(tiles, pieces, scale.data(), zero.data(), b);
+        const uint8_t* from = k.Lay(tiles, pieces, scale.data(), zero.data(), laid.data());
         k.Sum(m, end, pieces, from, scale.data(), sums.data() + p * size, total.data() + p * size);
       }
     }
@@ -526,18 +590,9 @@ AVX512 void Floats512(const Weight& w, const uint8_t* tiles, int64_t quads, cons
       const __m512 by = _mm512_loadu_ps(scale + 16 * j);
       const __m512 less = w.zero ? _mm512_loadu_ps(zero + 16 * j) : _mm512_setzero_ps();
       for (int r = 0; r < 4; ++r)
-        for (int c = 0; c < each; ++c) {
-          __m512 value;
-          if (BITS == 8) {
-            const __m512i top = _mm512_slli_epi32(v, 24 - 8 * r);
-            value = _mm512_cvtepi32_ps(w.is_signed ? _mm512_srai_epi32(top, 24)
-                                                   : _mm512_srli_epi32(top, 24));
-          } else {
-            value = Numbers<BITS>(v, 8 * r + c * BITS, table);
-          }
-          _mm512_store_ps(out + ((q * 4 + r) * each + c) * PANEL + 16 * j,
-                          _mm512_mul_ps(_mm512_sub_ps(value, less), by));
-        }
+        for (int c = 0; c < each; ++c)
+          _mm512_store_ps(out + ((q * 4 + r) * each + c) * PANEL + 16 * j, _mm512_mul_ps(
+              _mm512_sub_ps(Column<BITS>(w, v, r, c, table), less), by));
     }
 }
 

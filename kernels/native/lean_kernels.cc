@@ -125,8 +125,12 @@ void FloatProduct(ffi::ThreadPool& pool, const float* x, const Weight& w, int64_
                   int level, float* y) {
 #if defined(__x86_64__)
   if (w.groups() > 1 && w.group % (4 * w.each())) level = std::min<int>(level, AVX2_ONLY);
-  if (level >= VNNI && M <= 4 && !w.panels)
-    return (w.bits == 8 ? FloatFew<8> : w.bits == 4 ? FloatFew<4> : FloatFew<2>)(pool, x, w, M, y);
+  if (level >= VNNI && M <= 4) {
+    auto rows = w.bits == 8 ? FloatFew<8> : w.bits == 4 ? FloatFew<4> : FloatFew<2>;
+    auto panels = w.bits == 8 ? FloatFewPanels<8> : w.bits == 4 ? FloatFewPanels<4>
+                                                                : FloatFewPanels<2>;
+    return (w.panels ? panels : rows)(pool, x, w, M, y);
+  }
 #if defined(LEAN_AMX)
   if (level == TILES) {
     Split s;

@@ -8,6 +8,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -23,6 +24,22 @@ constexpr int64_t PANEL = 64;     // columns
 constexpr int64_t QUAD = 256;     // bytes of a panel's four rows of bytes
 
 inline int64_t Up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Memory that begins with a line of the cache: vectors and tiles that lie in two are slow.
+template <class T>
+struct Lines {
+  using value_type = T;
+  Lines() = default;
+  template <class U> Lines(const Lines<U>&) {}
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64)));
+  }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+};
+template <class T>
+using Array = std::vector<T, Lines<T>>;
 
 // Calls f(0) ... f(count - 1) on the threads of XLA's pool. The caller takes parts too, and waits
 // for none that nobody has begun: operations that run at once cannot wait for each other.
@@ -113,7 +130,7 @@ struct Weight {
 // A matrix of activations in eight bits, each group's at a multiple of `pitch`, zeros between them;
 // in tiles of 16 rows and 64 bytes, [M / 16, stride / 64, 16, 64], where the tiles' units read them.
 struct Rounded {
-  std::vector<int8_t> codes;      // [M stride]
+  Array<int8_t> codes;            // [M stride]
   std::vector<int32_t> sums;      // [M G]
   std::vector<float> steps;       // [M]
   int64_t pitch, stride, G;
