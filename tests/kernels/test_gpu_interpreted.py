@@ -1,20 +1,32 @@
-"""int8_matmul's GPU kernel in Mosaic GPU's interpreter."""
+"""The GPU kernels in Mosaic GPU's interpreter, which raises where two threads race."""
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lean_jax.kernels.int8_matmul import gpu
+from lean_jax.kernels.weight_only_matmul import gpu as weight_only
+from lean_jax.kernels.weight_only_matmul import reference
+from lean_jax.quantization import formats, layouts
+from lean_jax.quantization.spec import parse_spec
+
+interpreted = pytest.mark.skipif(jax.__version_info__ < (0, 11),
+                                 reason='the interpreter came with JAX 0.11')
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='the interpreter came with JAX 0.11')
+def interpreter():
+  return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+
+
+@interpreted
 @pytest.mark.parametrize(('M', 'N', 'K'), [(5, 40, 128), (130, 200, 300), (128, 128, 768)])
 def test_sums_are_exact_whatever_fills_blocks(M, N, K):
   rng = np.random.default_rng(M)
   codes, values = (rng.integers(-127, 128, s).astype(np.int8) for s in ((M, K), (N, K)))
   rows, columns = (rng.uniform(.1, 1, n).astype(np.float32) for n in (M, N))
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+  with interpreter():
     got = gpu.scaled_product(*map(jnp.asarray, (codes, values, rows, columns)))
   sums = codes.astype(np.int64) @ values.T.astype(np.int64)
   # two float32 roundings after an exact sum
@@ -25,3 +37,65 @@ def test_values_that_do_not_lie_along_k_are_refused():
   codes = jnp.zeros((4, 128), jnp.int8)
   with pytest.raises(ValueError, match=r'int8 \[N K\]'):
     gpu.scaled_product(codes, jnp.zeros((128, 64), jnp.int8), jnp.ones(4), jnp.ones(128))
+
+
+def operands(scheme, M, K, N, batch=(), seed=0):
+  rng, spec = np.random.default_rng(seed), parse_spec(scheme)
+  x = jnp.asarray(rng.normal(size=(*batch, M, K)), jnp.bfloat16)
+  codes, scale, zero = formats.quantize(
+      jnp.asarray(rng.normal(size=(*batch, K, N)), jnp.float32), spec)
+  return x, layouts.arranged(codes, spec, 'columns'), scale, zero, spec
+
+
+@pytest.mark.parametrize('scheme', ['w2a16-g64', 'w2a16-g64-asym', 'w4a16-g32', 'w4a16-g32-asym',
+                                    'w8a16-g16', 'w8a16-g16-asym'])
+def test_masked_bits_are_the_codes(scheme):
+  _, values, _, _, spec = operands(scheme, 1, 64, 64)
+  bits, each = int(spec.bits), 16 // int(spec.bits)
+  words = jax.lax.bitcast_convert_type(values.reshape(64, -1, 2), jnp.int16)
+  got = weight_only._numbers(words, bits, spec.symmetric).reshape(64, each, -1)
+  places = jnp.arange(each).reshape(1, 1, each) % (8 // bits)
+  got = jnp.swapaxes(got, 1, 2) * 2. ** (-bits * places)
+  codes = layouts.codes_of(values, spec, 64, 'columns').astype(jnp.float32).T
+  np.testing.assert_array_equal(got.reshape(64, 64), codes - layouts.offset(spec))
+
+
+def through_shared_memory(codes, x, rows):
+  """`multiplied` where the interpreter can follow: it has no left side of wgmma in registers."""
+  def staged(left):
+    left[...] = codes
+    plgpu.commit_smem()
+
+    def product(sums):
+      plgpu.wgmma(sums, left, x.T)
+      return sums[...]
+    return pl.run_scoped(product, plgpu.ACC((codes.shape[0], rows), jnp.float32))
+  return pl.run_scoped(staged, plgpu.SMEM(codes.shape, jnp.bfloat16))
+
+
+@interpreted
+@pytest.mark.parametrize(('scheme', 'M', 'K', 'N', 'split'), [
+    ('w4a16-g128', 1, 1024, 128, 2), ('w4a16-g64-asym', 5, 512, 64, None),
+    ('w4a16-g32', 3, 96, 64, None), ('w4a16', 2, 256, 64, None),
+    ('w8a16-g64', 9, 128, 128, 1),
+    ('w8a16-g16-asym', 2, 64, 64, None), ('w2a16-g64-asym', 70, 128, 64, 1)])
+def test_weight_only_matmul_equals_the_reference(monkeypatch, scheme, M, K, N, split):
+  monkeypatch.setattr(weight_only, 'multiplied', through_shared_memory)
+  x, values, scale, zero, spec = operands(scheme, M, K, N)
+  with interpreter():
+    got = weight_only.weight_only_matmul(x, values, scale, zero, spec, split=split)
+  want = reference.weight_only_matmul(x.astype(jnp.float32), values, scale, zero, spec, 'columns')
+  # one rounding to bfloat16; sums in float32 of K products, each below |x| times the range
+  terms = jnp.sum(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True) * 2 ** spec.bits
+  bound = 2. ** -8 * jnp.abs(want) + 2. ** -23 * 4 * terms * scale.max()
+  assert got.dtype == x.dtype and np.all(np.abs(got.astype(jnp.float32) - want) <= bound)
+
+
+@interpreted
+def test_weight_only_matmul_has_axes_of_experts(monkeypatch):
+  monkeypatch.setattr(weight_only, 'multiplied', through_shared_memory)
+  x, values, scale, zero, spec = operands('w4a16-g64', 2, 64, 64, (2,))
+  with interpreter():
+    got = weight_only.weight_only_matmul(x, values, scale, zero, spec)
+    one = weight_only.weight_only_matmul(x[1], values[1], scale[1], zero, spec)
+  np.testing.assert_array_equal(got[1], one)
