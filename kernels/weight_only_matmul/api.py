@@ -25,8 +25,8 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
     spec: QuantSpec.
     layout: one of `quantization.layouts.LAYOUTS`.
     implementation: None is the fastest that the platform has for these operands; 'native' is a
-      kernel on CPUs, 'pallas' one on TPUs and NVIDIA Hoppers; 'xla' writes the weight out in x's dtype; 'reference'
-      in float32.
+      kernel on CPUs, 'pallas' one on TPUs and NVIDIA Hoppers; 'xla' writes the weight out in x's
+      dtype; 'reference' in float32.
 
   Returns:
     [*E M N], in x's dtype; sums in float32.
@@ -59,9 +59,10 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
 def forms(spec, layout, x, values, scale, zero):
   """Its Forms for these operands, the fastest first.
 
-  XLA is a TPU's and a GPU's fastest form of a weight with one scale a column: it multiplies by what it widens
-  on the way, and writes nothing out. Tables (nf4, ...) in a kernel are slower than a float weight,
-  since the vector units look them up one by one: XLA writes such a weight out once a use.
+  XLA is the fastest form on a TPU, and of 8 bits on a GPU, of a weight with one scale a column: it
+  multiplies by what it widens on the way, and writes nothing out. Tables (nf4, ...) in a kernel are
+  slower than a float weight on a TPU, since the vector units look them up one by one: XLA writes
+  such a weight out once a use.
   """
   pallas = functools.partial(_pallas, spec)
   return [Form(functools.partial(_native, spec), 'native', ('cpu',),
@@ -116,8 +117,8 @@ def _why_not_hopper(spec, layout, x, values, scale):
     return f'takes a multiple of 64 columns, and there are {values.shape[-2]}'
   from lean_jax.kernels.weight_only_matmul import gpu  # Pallas, where a GPU runs it
   if gpu.part(spec, x.shape[-1]) is None:
-    return (f'takes groups of 16 to 128 bytes, a power of two, or multiples of 128 rows, that '
-            f'divide K; {spec} of {x.shape[-1]} rows has others')
+    return (f'takes groups of 16 (on JAX 0.10, 32) to 128 bytes, a power of two, or multiples of '
+            f'128 rows, that divide K; {spec} of {x.shape[-1]} rows has others')
   if x.shape[-2] > gpu.MOST:
     return f'is for up to {gpu.MOST} rows: for more XLA writes the weight out once'
   return None

@@ -19,15 +19,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lean_jax.kernels.platforms.hopper import CORES, costs, loaded
+from lean_jax.kernels.platforms.hopper import CORES, costs, filled, loaded
 from lean_jax.quantization import layouts
 
 ROWS = 64                                  # of x, in a block
+_LINE = 32                                 # float32 numbers that JAX 0.10 copies, at least
+_DEPTH = 16                                # what wgmma sums over at once
 # Rows from which a bfloat16 weight, written out and read once, costs less than what blocks of 64
 # rows take from the cache and convert again; by the bytes and instructions, not by a clock.
 MOST = 512
-_SHARED = 110 * 2 ** 10                    # bytes, so that two blocks are at work on a core
-_STAGES = 4                                # steps of K in shared memory, if they fit
+_SHARED = 76 * 2 ** 10                     # bytes of a block, so that a core has three at work
+_STAGES = 4                                # steps of K in shared memory, if they fit; or two
 
 
 def weight_only_matmul(x, values, scale, zero, spec, *, split=None):
@@ -50,12 +52,14 @@ def weight_only_matmul(x, values, scale, zero, spec, *, split=None):
 def part(spec, K):
   """The rows of the weight that are multiplied at once: a group, or some of a large one's.
 
-  None if it is of another size than registers and shared memory are laid out for.
+  None if it is of another size than registers and shared memory are laid out for; on JAX 0.10,
+  whose kernels join no arrays, groups of 16 bytes are.
   """
+  least = 128 if jax.__version_info__ >= (0, 11) else 256                               # bits
   group = spec.group or K
   size = next((n for n in (128, 64, 32, 16) if group % n == 0), 0)
   whole = size == group or size == 128
-  return size if whole and K % group == 0 and size * int(spec.bits) >= 128 else None
+  return size if whole and K % group == 0 and size * int(spec.bits) >= least else None
 
 
 def _product(x, values, scale, zero, spec, split):
@@ -71,7 +75,7 @@ def _product(x, values, scale, zero, spec, split):
   wide = lambda a: jnp.repeat(jnp.broadcast_to(a, (len(a), N)), G // len(a), axis=0)
   of_zero = () if zero is None else (
       wide((zero.astype(jnp.float32) - layouts.offset(spec)).astype(jnp.bfloat16)),
-      jnp.sum(codes, axis=(2, 3), dtype=jnp.float32).T)                                # [G M]
+      filled(jnp.sum(codes, axis=(2, 3), dtype=jnp.float32).T, 1, _LINE))              # [G M]
   y = _blocks(bits, spec.symmetric, group, bm, split, moved, words, wide(scale), *of_zero)
   return jnp.sum(y, axis=0).T[:M].astype(x.dtype)
 
@@ -95,7 +99,7 @@ def _blocks(bits, symmetric, group, bm, split, x, words, scale, *of_zero):
       stored = loaded(words, (slice(None), slice(None)), plgpu.Layout.WGMMA)
       for g in range(each):
         codes = _numbers(stored[:, g * width:(g + 1) * width], bits, symmetric)
-        sums = multiplied(codes, x.at[:, pl.ds(g * group, group)], bm)
+        sums = multiplied(codes, x, g * group)
         if of_zero:
           zero, all_x = of_zero
           sums -= _along(zero, g, 1, sums.shape) * _along(all_x, g, 0, sums.shape)
@@ -105,11 +109,12 @@ def _blocks(bits, symmetric, group, bm, split, x, words, scale, *of_zero):
     along = lambda size, at: plgpu.BlockSpec((each, size), lambda k: (s * steps + k, at))
     across = lambda rows, at, size, tile: plgpu.BlockSpec(
         (rows, each * size), lambda k: (at, s * steps + k), transforms=_tiled(tile, 2))
-    specs = [across(bm, m, group, group), across(bn, n, width, each * width), along(bn, n)]
+    specs = [across(bm, m, group, max(width, _DEPTH)), across(bn, n, width, each * width),
+             along(bn, n)]
     zeros = plgpu.layout_cast(jnp.zeros((bn, bm), jnp.float32), plgpu.Layout.WGMMA)
     block[...] = plgpu.emit_pipeline(
-        step, grid=(steps,), in_specs=specs + [along(bn, n), along(bm, m)][:len(of_zero)],
-        max_concurrent_steps=max(1, min(_STAGES, stages, steps)), init_carry=zeros)(
+        step, grid=(steps,), in_specs=specs + [along(bn, n), along(max(bm, _LINE), m)][:len(of_zero)],
+        max_concurrent_steps=min(_STAGES, max(2, stages), steps), init_carry=zeros)(
             x, words, scale, *of_zero)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(block, y.at[s, pl.ds(n * bn, bn), pl.ds(m * bm, bm)])
@@ -132,23 +137,33 @@ def _tiled(size, bytes_each):
 
 
 def _split(steps, blocks):
-  """The parts of K with which the device has twice the blocks it takes, of four steps at least."""
-  able = [n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or steps // n >= _STAGES)]
+  """The parts of K with which each core has two blocks, of two steps at least."""
+  able = [n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or steps // n >= 2)]
   return next((n for n in able if n * blocks >= 2 * CORES), able[-1])
 
 
-def multiplied(codes, x, rows):
-  """codes @ x.T, float32, of codes in registers and x [rows, ...] in shared memory."""
+def multiplied(codes, x, start):
+  """codes @ x.T, float32: parts of a matrix in registers, and columns of the block x from `start`.
+
+  Parts that are narrower than what is summed at once are joined first.
+  """
+  each = max(1, _DEPTH // codes[0].shape[1])
+  codes = [jnp.concatenate(codes[k:k + each], axis=1) if each > 1 else codes[k]
+           for k in range(0, len(codes), each)]
+  (N, depth), M = codes[0].shape, x.shape[0]
+
   def product(sums):
-    plgpu.wgmma(sums, plgpu.layout_cast(codes, plgpu.Layout.WGMMA), x.T)
+    for k, left in enumerate(codes):
+      plgpu.wgmma(sums, plgpu.layout_cast(left, plgpu.Layout.WGMMA),
+                  x.at[:, pl.ds(start + k * depth, depth)].T)
     return sums[...]
-  return pl.run_scoped(product, plgpu.ACC((codes.shape[0], rows), jnp.float32))
+  return pl.run_scoped(product, plgpu.ACC((N, M), jnp.float32))
 
 
 def _numbers(words, bits, symmetric):
-  """The codes of words [N W], int16, as signed bfloat16 [N 16/bits*W], times 2**(bits * place).
+  """The codes of words [N W], int16, as signed bfloat16 times 2**(bits * place), the one in a byte.
 
-  The place is that in a byte: the first codes of all words are first, then the second ones, ...
+  Parts [N W]: the first codes of all words, the second ones, ...
   Seven bits m under the exponent of 0x4300 are 128 + m. The eighth is the lowest bit of the
   exponent: 0x4380 is 256. Codes that count from 0 come out less half their range.
   """
@@ -162,7 +177,7 @@ def _numbers(words, bits, symmetric):
       else:
         top = _float(byte, sign, 0x4300 ^ (0 if symmetric else sign))            # 128 or 256
         parts.append(_float(byte, mask ^ sign, 0x4300) - top)
-  return jnp.concatenate(parts, axis=1)
+  return parts
 
 
 def _float(words, mask, flipped):
@@ -172,5 +187,5 @@ def _float(words, mask, flipped):
 
 def _along(ref, g, axis, shape):
   """ref[g], of an axis of the sums [N M], as all of them."""
-  line = loaded(ref, (g, slice(None)), plgpu.Layout.WGMMA.reduce(axis)).astype(jnp.float32)
+  line = loaded(ref, (g, pl.ds(0, shape[1 - axis])), plgpu.Layout.WGMMA.reduce(axis)).astype(jnp.float32)
   return lax.broadcast_in_dim(line, shape, (1 - axis,))
