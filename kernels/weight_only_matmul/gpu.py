@@ -86,7 +86,8 @@ def _blocks(bits, symmetric, group, bm, split, x, words, scale, *of_zero):
   width = words.shape[1] // G                              # words of a group
   bn = 128 if N % 128 == 0 else 64
   each = math.gcd(G, max(1, (64 if bm <= 16 else 32) // width))           # groups of a step
-  split = split or _split(G // each, N // bn * (M // bm))
+  # What is read again to be added is to be little: four small blocks a core, or a large one.
+  split = split or _split(G // each, N // bn * (M // bm), (4 if bm <= 16 else 1) * CORES)
   steps = G // each // split
   stages = (_SHARED - 4 * bn * bm) // (2 * each * (bm * group + bn * width))
 
@@ -112,8 +113,10 @@ def _blocks(bits, symmetric, group, bm, split, x, words, scale, *of_zero):
     specs = [across(bm, m, group, max(width, _DEPTH)), across(bn, n, width, each * width),
              along(bn, n)]
     zeros = plgpu.layout_cast(jnp.zeros((bn, bm), jnp.float32), plgpu.Layout.WGMMA)
+    if of_zero:
+      specs += [along(bn, n), along(max(bm, _LINE), m)]
     block[...] = plgpu.emit_pipeline(
-        step, grid=(steps,), in_specs=specs + [along(bn, n), along(max(bm, _LINE), m)][:len(of_zero)],
+        step, grid=(steps,), in_specs=specs,
         max_concurrent_steps=min(_STAGES, max(2, stages), steps), init_carry=zeros)(
             x, words, scale, *of_zero)
     plgpu.commit_smem()
@@ -136,10 +139,10 @@ def _tiled(size, bytes_each):
   return plgpu.TilingTransform((8, line // bytes_each)), plgpu.SwizzleTransform(line)
 
 
-def _split(steps, blocks):
-  """The parts of K with which each core has two blocks, of two steps at least."""
-  able = [n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or steps // n >= 2)]
-  return next((n for n in able if n * blocks >= 2 * CORES), able[-1])
+def _split(steps, blocks, most):
+  """The parts of K, of two steps at least, that make no more blocks than `most`."""
+  return max(n for n in range(1, steps + 1)
+             if n == 1 or (steps % n == 0 and n * blocks <= most and steps // n >= 2))
 
 
 def multiplied(codes, x, start):
@@ -187,5 +190,5 @@ def _float(words, mask, flipped):
 
 def _along(ref, g, axis, shape):
   """ref[g], of an axis of the sums [N M], as all of them."""
-  line = loaded(ref, (g, pl.ds(0, shape[1 - axis])), plgpu.Layout.WGMMA.reduce(axis)).astype(jnp.float32)
-  return lax.broadcast_in_dim(line, shape, (1 - axis,))
+  line = loaded(ref, (g, pl.ds(0, shape[1 - axis])), plgpu.Layout.WGMMA.reduce(axis))
+  return lax.broadcast_in_dim(line.astype(jnp.float32), shape, (1 - axis,))

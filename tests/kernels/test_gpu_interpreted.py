@@ -64,8 +64,9 @@ def operands(scheme, M, K, N, batch=(), seed=0):
   return x, layouts.arranged(codes, spec, 'columns'), scale, zero, spec
 
 
-@pytest.mark.parametrize('scheme', ['w2a16-g64', 'w2a16-g64-asym', 'w4a16-g32', 'w4a16-g32-asym',
-                                    'w8a16-g16', 'w8a16-g16-asym'])
+@pytest.mark.parametrize('scheme', ['w2a16-g64-asym', 'w4a16-g32', 'w8a16-g16-asym', *(
+    pytest.param(name, marks=pytest.mark.slow) for name in (
+        'w2a16-g64', 'w4a16-g32-asym', 'w8a16-g16'))])
 def test_masked_bits_are_the_codes(scheme):
   _, values, _, _, spec = operands(scheme, 1, 64, 64)
   bits, each = int(spec.bits), 16 // int(spec.bits)
@@ -96,9 +97,9 @@ def through_shared_memory(codes, x, start):
 @interpreted
 @pytest.mark.parametrize(('scheme', 'M', 'K', 'N', 'split'), [
     ('w4a16-g128', 1, 1024, 128, 2), ('w4a16-g64-asym', 5, 512, 64, None),
-    ('w4a16-g32', 3, 96, 64, None), ('w4a16', 2, 256, 64, None),
-    ('w8a16-g64', 9, 128, 128, 1),
-    ('w8a16-g16-asym', 2, 64, 64, None), pytest.param('w2a16-g64-asym', 70, 128, 64, 1, marks=pytest.mark.slow)])
+    ('w4a16-g32', 3, 96, 64, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('w4a16', 2, 256, 64, None), ('w8a16-g64', 9, 128, 128, 1),
+        ('w8a16-g16-asym', 2, 64, 64, None), ('w2a16-g64-asym', 70, 128, 64, 1)))])
 def test_weight_only_matmul_equals_the_reference(monkeypatch, scheme, M, K, N, split):
   monkeypatch.setattr(weight_only, 'multiplied', through_shared_memory)
   x, values, scale, zero, spec = operands(scheme, M, K, N)
@@ -111,6 +112,7 @@ def test_weight_only_matmul_equals_the_reference(monkeypatch, scheme, M, K, N, s
   assert got.dtype == x.dtype and np.all(np.abs(got.astype(jnp.float32) - want) <= bound)
 
 
+@pytest.mark.slow
 @interpreted
 def test_weight_only_matmul_has_axes_of_experts(monkeypatch):
   monkeypatch.setattr(weight_only, 'multiplied', through_shared_memory)
