@@ -1,5 +1,6 @@
 """int8_matmul: float activations, rounded to 8 bits row by row, times 8-bit weights."""
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -133,11 +134,16 @@ def _why_not_hopper(how, x, values):
     why = f"takes layout 'columns' (lean_jax.weights.prepared), and this is {how.layout!r}"
   if why is None and how.group and how.group < x.shape[-1]:
     why = f'takes one scale a column, and these have groups of {how.group} rows'
-  if why is None and x.shape[-2] < 64:
-    why = f'fills blocks of 128 rows, and there are {x.shape[-2]}: XLA reads the weight as fast'
   if why is None and 0 in (*x.shape, *values.shape):
     why = f'has nothing to multiply in {x.shape} and {values.shape}'
-  return why
+  if why is not None:
+    return why
+  from lean_jax.kernels.int8_matmul import gpu  # Pallas, where a GPU runs it
+  (*batch, M, _), N = x.shape, values.shape[-2]
+  if M <= gpu.ROWS // 2 or math.prod(batch) * gpu.blocks(M, N) < gpu.LEAST:
+    return (f'is for more than {gpu.ROWS // 2} rows, and at least {gpu.LEAST} blocks of '
+            f'{gpu.ROWS} x {gpu.COLUMNS} of the result: XLA cuts {(*batch, M, N)} smaller')
+  return None
 
 
 def _hopper(how, x, values, scale, x_scale, bias):

@@ -25,8 +25,8 @@ def compiled(*arguments):
 
 
 @pytest.mark.parametrize('sizes', [
-    (512, 512, 1024), (70, 200, 300), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in (
-        (128, 256, 256, 3), (4096, 4096, 4096)))])
+    (1024, 2048, 1024), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in (
+        (1030, 2000, 300), (256, 2048, 256, 8), (4096, 4096, 4096)))])
 def test_int8_units_multiply_and_no_register_is_spilled(sizes):
   found = compiled('w8a8', *sizes)
   assert found['wgmma'] and all('s32.s8.s8' in name for name in found['wgmma'])

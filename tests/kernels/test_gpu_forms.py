@@ -21,7 +21,7 @@ def program(run, *shapes, target='h200'):
     return jax.jit(run).trace(*shapes).lower(lowering_platforms=('cuda',)).as_text()
 
 
-def int8_shapes(M=128, K=256, N=128, batch=(), G=1):
+def int8_shapes(M=1024, K=256, N=2048, batch=(), G=1):
   return (of((*batch, M, K), jnp.bfloat16), of((*batch, N, K), jnp.int8),
           of((*batch, G, N), jnp.float32))
 
@@ -42,7 +42,7 @@ def weight_only_call(scheme, M=1, K=256, N=128, batch=(), layout='columns', dtyp
 @pytest.mark.parametrize(('target', 'batch'), [('h100', ()), ('h200', (3,))])
 def test_a_hopper_multiplies_eight_bits_with_the_kernel(target, batch):
   run = lambda x, v, s: int8.int8_matmul(x, v, s, layout='columns', activation='silu',
-                                         bias=jnp.ones(128), dtype=jnp.bfloat16)
+                                         bias=jnp.ones(2048), dtype=jnp.bfloat16)
   assert 'mosaic_gpu' in program(run, *int8_shapes(batch=batch), target=target)
 
 
@@ -55,7 +55,8 @@ def test_a_hopper_multiplies_weights_of_few_bits_with_the_kernel(scheme, batch):
 
 
 @pytest.mark.parametrize(('how', 'why'), [
-    (dict(M=32), 'blocks of 128 rows'), (dict(G=2, K=256), 'groups of 128 rows')])
+    (dict(M=128, N=16384), 'more than 128 rows'), (dict(N=1920), 'at least 64 blocks'),
+    (dict(G=2, K=256), 'groups of 128 rows')])
 def test_other_int8_products_are_xlas(how, why):
   shapes, group = int8_shapes(**how), 128 if 'G' in how else None
   run = lambda x, v, s, **kw: int8.int8_matmul(x, v, s, layout='columns', group=group, **kw)

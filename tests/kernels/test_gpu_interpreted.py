@@ -1,4 +1,7 @@
-"""The GPU kernels in Mosaic GPU's interpreter, which raises where two threads race."""
+"""The GPU kernels in Mosaic GPU's interpreter, which raises where two threads race.
+
+Its wgmma is done at once, and what that reads is not among what may race.
+"""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +25,26 @@ def interpreter():
 
 
 @interpreted
-@pytest.mark.parametrize(('M', 'N', 'K'), [(5, 40, 128), (130, 200, 300), (128, 128, 768)])
-def test_sums_are_exact_whatever_fills_blocks(M, N, K):
+def test_the_interpreter_finds_a_race():
+  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as state
+
+  def kernel(x, y, block, there):
+    plgpu.copy_gmem_to_smem(x, block, there)
+    y[...] = block[...]                                    # before it is known to be there
+    plgpu.barrier_wait(there)
+  run = plgpu.kernel(kernel, out_type=jax.ShapeDtypeStruct((128,), jnp.float32),
+                     scratch_types=[plgpu.SMEM((128,), jnp.float32), plgpu.Barrier()])
+  with interpreter():
+    with pytest.raises(jax.errors.JaxRuntimeError, match='RACE DETECTED'):
+      jax.block_until_ready(run(jnp.ones(128)))
+    state.reset_gpu_interpret_mode_state()
+
+
+@interpreted
+@pytest.mark.parametrize(('M', 'N', 'K', 'cores'), [(5, 40, 128, 1), (257, 200, 700, 3),
+                                                    (300, 130, 128, 1)])
+def test_sums_are_exact_whatever_fills_blocks(monkeypatch, M, N, K, cores):
+  monkeypatch.setattr(gpu, 'CORES', cores)                 # each then has several blocks
   rng = np.random.default_rng(M)
   codes, values = (rng.integers(-127, 128, s).astype(np.int8) for s in ((M, K), (N, K)))
   rows, columns = (rng.uniform(.1, 1, n).astype(np.float32) for n in (M, N))
