@@ -190,6 +190,20 @@ def test_distill_loss(rng, kind):
     near(a, b, 1e-5 * np.abs(b).max())
 
 
+@pytest.mark.parametrize('implementation', ['pallas', 'xla'])
+def test_nan_reaches_its_row_alone(rng, implementation):
+  needs_hopper(implementation)
+  x = jnp.asarray(rng.normal(size=(2048, 256)), jnp.bfloat16).at[1, 3].set(jnp.nan)
+  values = jnp.asarray(rng.integers(-127, 128, (1024, 256)), jnp.int8)
+  y = int8.int8_matmul(x, values, jnp.ones((1, 1024)), layout='columns',
+                       implementation=implementation)
+  few = weight_only.weight_only_matmul(x[:3], values[:, :128].view(jnp.uint8), jnp.ones((2, 1024)),
+                                       None, parse_spec('w4a16-g128'), layout='columns',
+                                       implementation=implementation)
+  for got in (y, few):
+    assert np.isnan(got[1]).all() and not np.isnan(got[0]).any() and not np.isnan(got[2:]).any()
+
+
 def test_four_bits_of_int8_matmul(rng):
   x = jnp.asarray(rng.normal(size=(9, 64)), jnp.float32)
   values = jnp.asarray(rng.integers(-8, 8, (64, 40)), jnp.int8)

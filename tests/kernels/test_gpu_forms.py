@@ -10,7 +10,10 @@ from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.platforms import device
 from lean_jax.kernels.weight_only_matmul import api as weight_only
 from lean_jax.quantization import layouts
+from lean_jax.quantization.rtn import rtn
 from lean_jax.quantization.spec import parse_spec
+from lean_jax.weights import Dense
+from lean_jax.weights.prepared import prepare
 
 of = jax.ShapeDtypeStruct
 
@@ -79,6 +82,15 @@ def test_other_weights_are_xlas(scheme, how, why):
     kernel, = (f for f in weight_only.forms(spec, layout, *shapes[:3], None)
                if f.platforms == ('cuda',))
   assert why in kernel.why_not
+
+
+@pytest.mark.parametrize('scheme', ['w4a16-g128', 'w4a16-g64-asym', 'w8a8'])
+def test_a_prepared_weight_is_multiplied_by_the_kernel(scheme):
+  w = prepare({'w': rtn(Dense(jnp.ones((256, 2048)), 'io', (None, None)), scheme)}, 'gpu')['w']
+  x = of((1024 if scheme == 'w8a8' else 1, 256), jnp.bfloat16)
+  run = lambda w, x: jax.grad(lambda x: jnp.sum(w.einsum('bi,io->bo', x).astype(jnp.float32)))(x)
+  assert 'mosaic_gpu' in program(lambda w, x: w.einsum('bi,io->bo', x), w, x)
+  assert program(run, w, x)
 
 
 def test_other_gpus_have_no_kernel():
