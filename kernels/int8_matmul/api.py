@@ -1,5 +1,6 @@
 """int8_matmul: float activations, rounded to 8 bits row by row, times 8-bit weights."""
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -58,7 +59,8 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activa
     layout: one of LAYOUTS, how values lie in memory.
     dtype: of the result; everything before it is float32.
     implementation: None is the fastest that the platform has for these operands; or 'native' (a
-      kernel, on CPUs), 'pallas' (on TPUs with int8 units), 'xla', or 'reference' (slow; for tests).
+      kernel, on CPUs), 'pallas' (on TPUs with int8 units and NVIDIA
+      Hoppers), 'xla', or 'reference' (slow; for tests).
 
   Returns:
     [*E M N], in dtype.
@@ -109,6 +111,8 @@ def forms(how, x, values, scale):
   why_not = cpu.why_not(x, values, scale, how.group or x.shape[-1], how.layout)
   return [Form(written(_native), 'native', ('cpu',), why_not, local=True),
           Form(functools.partial(_pallas, how), 'pallas', ('tpu',), why, local=True),
+          Form(functools.partial(_hopper, how), 'pallas', ('cuda',),
+               _why_not_hopper(how, x, values), local=True),
           Form(written(_xla), 'xla'), Form(written(reference.int8_matmul), 'reference')]
 
 
@@ -124,6 +128,31 @@ def _why_no_kernel(how, x, values):
   if why is None and 0 in (*x.shape, *values.shape):
     why = f'has nothing to multiply in {x.shape} and {values.shape}'
   return why
+
+
+def _why_not_hopper(how, x, values):
+  """None, or why the GPU kernel does not take these operands."""
+  why = device.why_no_hopper()
+  if why is None and how.layout != 'columns':
+    why = f"takes layout 'columns' (lean_jax.weights.prepared), and this is {how.layout!r}"
+  if why is None and how.group and how.group < x.shape[-1]:
+    why = f'takes one scale a column, and these have groups of {how.group} rows'
+  if why is None and 0 in (*x.shape, *values.shape):
+    why = f'has nothing to multiply in {x.shape} and {values.shape}'
+  if why is not None:
+    return why
+  from lean_jax.kernels.int8_matmul import gpu  # Pallas, where a GPU runs it
+  (*batch, M, _), N = x.shape, values.shape[-2]
+  if M <= gpu.ROWS // 2 or math.prod(batch) * gpu.blocks(M, N) < gpu.LEAST:
+    return (f'is for more than {gpu.ROWS // 2} rows, and at least {gpu.LEAST} blocks of '
+            f'{gpu.ROWS} x {gpu.COLUMNS} of the result: XLA cuts {(*batch, M, N)} smaller')
+  return None
+
+
+def _hopper(how, x, values, scale, x_scale, bias):
+  from lean_jax.kernels.int8_matmul import gpu  # Pallas, where a GPU runs it
+  return gpu.int8_matmul(x, values, scale, x_scale, bias, dtype=how.dtype,
+                         activation=how.activation and ACTIVATIONS[how.activation])
 
 
 def _pallas(how, x, values, scale, x_scale, bias):

@@ -4,11 +4,14 @@ It is that of the mesh that is set (so that a program compiled ahead of time, fo
 asked about its own chips), or of the default backend.
 """
 import contextlib
+import re
 
 import jax
 
 KINDS = ('TPU v4', 'TPU v5 lite', 'TPU v5', 'TPU v6 lite', 'TPU7x')
 _ALSO = {'TPU v5e': 'TPU v5 lite', 'TPU v5p': 'TPU v5', 'TPU v6e': 'TPU v6 lite'}
+_GPUS = dict(h100='NVIDIA H100', h200='NVIDIA H200')
+_HOPPER = re.compile(r'NVIDIA G?H(100|200|800|20)\b')      # what has compute capability 9.0
 _SHORT = dict(v4='TPU v4', v5e='TPU v5 lite', v5p='TPU v5', v6e='TPU v6 lite', tpu7x='TPU7x')
 
 
@@ -40,11 +43,13 @@ def full_name(name):
 
 @contextlib.contextmanager
 def target(name):
-  """Programs traced inside are for one TPU of this kind, 'v5e' or 'TPU v5 lite'; see `full_name`.
+  """Programs traced inside are for one device of this kind: a TPU ('v5e' or 'TPU v5 lite'; see
+  `full_name`), or an 'h100' or 'h200'.
 
   It counts in the caches of jax.jit, as a mesh does.
   """
-  device = jax.sharding.AbstractDevice(full_name(name), 1, 'tpu')
+  device = (jax.sharding.AbstractDevice(_GPUS[name], 1, 'gpu') if name in _GPUS else
+            jax.sharding.AbstractDevice(full_name(name), 1, 'tpu'))
   mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
     yield
@@ -69,3 +74,10 @@ def why_no_int8():
   if not info.is_matmul_supported('int8', 'int8'):
     return f'needs units that multiply int8, which {kind()} has not'
   return None
+
+
+def why_no_hopper():
+  """None, or why the device is no NVIDIA Hopper, in words that follow a form's name."""
+  if platform() == 'cuda' and _HOPPER.match(kind()):
+    return None
+  return f'is for an NVIDIA Hopper (H100, H200), and this program is for {kind()}'

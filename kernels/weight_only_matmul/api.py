@@ -26,8 +26,8 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
     spec: QuantSpec.
     layout: one of `quantization.layouts.LAYOUTS`.
     implementation: None is the fastest that the platform has for these operands; 'native' is a
-      kernel on CPUs, 'pallas' one on TPUs; 'xla' writes the weight out in x's dtype; 'reference'
-      in float32.
+      kernel on CPUs, 'pallas' one on TPUs and NVIDIA Hoppers; 'xla' writes the weight out in x's
+      dtype; 'reference' in float32.
 
   Returns:
     [*E M N], in x's dtype; sums in float32.
@@ -60,14 +60,17 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
 def forms(spec, layout, x, values, scale, zero):
   """Its Forms for these operands, the fastest first.
 
-  XLA is a TPU's fastest form of a weight with one scale a column: it multiplies by what it widens
-  on the way, and writes nothing out. Tables (nf4, ...) in a kernel are slower than a float weight,
-  since the vector units look them up one by one: XLA writes such a weight out once a use.
+  XLA is the fastest form on a TPU, and of 8 bits on a GPU, of a weight with one scale a column: it
+  multiplies by what it widens on the way, and writes nothing out. Tables (nf4, ...) in a kernel are
+  slower than a float weight on a TPU, since the vector units look them up one by one: XLA writes
+  such a weight out once a use.
   """
   pallas = functools.partial(_pallas, spec)
   return [Form(functools.partial(_native, spec), 'native', ('cpu',),
                cpu.why_not(x, scale, zero, spec, layout), True),
           Form(pallas, 'pallas', ('tpu',), _why_no_kernel(spec, layout, x, values, scale), True),
+          Form(functools.partial(_hopper, spec), 'pallas', ('cuda',),
+               _why_not_hopper(spec, layout, x, values, scale), True),
           Form(functools.partial(_xla, spec, layout), 'xla'),
           Form(functools.partial(_reference, spec, layout), 'reference')]
 
@@ -94,6 +97,34 @@ def _why_no_kernel(spec, layout, x, values, scale):
   return None
 
 
+def _why_not_hopper(spec, layout, x, values, scale):
+  """None, or why the GPU kernel does not take these operands."""
+  why = device.why_no_hopper()
+  if why is not None:
+    return why
+  if layout != 'columns':
+    return f"takes layout 'columns' (lean_jax.weights.prepared), and this is {layout!r}"
+  if spec.code != 'int' or spec.bits not in (2, 4, 8):
+    return f'takes integers of 2, 4 or 8 bits, and {spec} has others'
+  if spec.bits == 8 and not spec.group:
+    return 'takes 8 bits in groups: with one scale a column XLA widens the integers on the way'
+  if x.dtype != jnp.bfloat16:
+    return f'takes activations in bfloat16, and these are {x.dtype}'
+  if getattr(scale, 'dtype', None) not in (jnp.float32, jnp.bfloat16):
+    return 'takes scales in float32 or bfloat16, and these are others'
+  if 0 in (*x.shape, *values.shape):
+    return f'has nothing to multiply in {x.shape} and {values.shape}'
+  if values.shape[-2] % 64:
+    return f'takes a multiple of 64 columns, and there are {values.shape[-2]}'
+  from lean_jax.kernels.weight_only_matmul import gpu  # Pallas, where a GPU runs it
+  if gpu.part(spec, x.shape[-1]) is None:
+    return (f'takes groups of 16 (on JAX 0.10, 32) to 128 bytes, a power of two, or multiples of '
+            f'128 rows, that divide K; {spec} of {x.shape[-1]} rows has others')
+  if x.shape[-2] > gpu.MOST:
+    return f'is for up to {gpu.MOST} rows: for more XLA writes the weight out once'
+  return None
+
+
 def _native(spec, x, values, scale, zero):
   return cpu.weight_only_matmul(x, values, scale, zero, spec)
 
@@ -101,6 +132,11 @@ def _native(spec, x, values, scale, zero):
 def _pallas(spec, x, values, scale, zero):
   from lean_jax.kernels.weight_only_matmul import tpu  # Pallas, where a TPU runs it
   return tpu.weight_only_matmul(x, values, scale, zero, spec)
+
+
+def _hopper(spec, x, values, scale, zero):
+  from lean_jax.kernels.weight_only_matmul import gpu  # Pallas, where a GPU runs it
+  return gpu.weight_only_matmul(x, values, scale, zero, spec)
 
 
 def _reference(spec, layout, x, values, scale, zero):

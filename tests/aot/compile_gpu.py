@@ -1,8 +1,10 @@
-"""Compiles int8_matmul's GPU kernel for an H200 on this machine's CPU, and says into what.
+"""Compiles an op for an H200 on this machine's CPU, as the op chooses its form, and says into what.
 
-python tests/aot/compile_gpu.py M N K
+python tests/aot/compile_gpu.py SCHEME M N K [EXPERTS]
 
-Prints a line of JSON: the wgmma instructions in the PTX, bytes spilled and registers by ptxas.
+SCHEME is 'w8a8', an int8_matmul with bias and activation, or that of a weight_only_matmul. Prints a
+line of JSON: the wgmma instructions in the PTX, bytes spilled and registers by ptxas, and the bytes
+of temporaries in the device's memory.
 """
 import json
 import os
@@ -44,14 +46,34 @@ def compiled(f, *args):
   mesh = jax.sharding.Mesh(np.array([chip]), ('x',))
   one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
-  return jax.jit(f).trace(*shapes).lower(lowering_platforms=('cuda',)).compile()
+  with jax.sharding.set_mesh(mesh):
+    return jax.jit(f).trace(*shapes).lower(lowering_platforms=('cuda',)).compile()
 
 
-def main(M, N, K):
-  from lean_jax.kernels.int8_matmul import gpu
-  of = jax.ShapeDtypeStruct
-  compiled(gpu.scaled_product, of((M, K), jnp.int8), of((N, K), jnp.int8),
-           of((M,), jnp.float32), of((N,), jnp.float32))
+def call(scheme, M, N, K, batch):
+  """(the function, its ShapeDtypeStructs) of a call of an op with weights in layout 'columns'."""
+  from lean_jax.kernels.int8_matmul import api as int8
+  from lean_jax.kernels.weight_only_matmul import api as weight_only
+  from lean_jax.quantization import layouts
+  from lean_jax.quantization.spec import parse_spec
+  of, spec = lambda shape, dtype: jax.ShapeDtypeStruct((*batch, *shape), dtype), parse_spec(scheme)
+  x = of((M, K), jnp.bfloat16)
+  if spec.activation_bits:
+    run = lambda x, v, s, b: int8.int8_matmul(x, v, s, bias=b, activation='silu', layout='columns',
+                                              dtype=jnp.bfloat16)
+    return run, (x, of((N, K), jnp.int8), of((1, N), jnp.float32), of((1, N), jnp.float32))
+  scale = (K // spec.group if spec.group else 1, N)
+  stored = jnp.int8 if spec.bits == 8 and spec.symmetric else jnp.uint8
+  shapes = [x, of(layouts.shape((), K, N, spec, 'columns'), stored), of(scale, jnp.bfloat16)]
+  if not spec.symmetric:
+    shapes.append(of(scale, jnp.uint8))
+  return (lambda x, v, s, z=None: weight_only.weight_only_matmul(x, v, s, z, spec,
+                                                                 layout='columns')), shapes
+
+
+def main(scheme, M, N, K, *batch):
+  run, shapes = call(scheme, int(M), int(N), int(K), tuple(map(int, batch)))
+  done = compiled(run, *shapes)
   files = {f.name: f.read_text(errors='replace') for f in pathlib.Path(FOLDER).rglob('*')
            if f.is_file()}
   ptx = '\n'.join(text for text in files.values() if '.target sm_90' in text)
@@ -60,8 +82,8 @@ def main(M, N, K):
   print(json.dumps(dict(
       wgmma=sorted(set(re.findall(r'wgmma\.mma_async\S*', ptx))),
       spilled=found(r'(\d+) bytes spill'), registers=found(r'Used (\d+) registers'),
-      files=sorted(files))))
+      temporaries=done.memory_analysis().temp_size_in_bytes)))
 
 
 if __name__ == '__main__':
-  main(*map(int, sys.argv[1:]))
+  main(*sys.argv[1:])

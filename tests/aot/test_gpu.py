@@ -1,4 +1,4 @@
-"""int8_matmul's GPU kernel compiles for an H200, on a machine that has none (extra `aot-gpu`)."""
+"""The GPU kernels compile for an H200, on a machine that has none (extra `aot-gpu`)."""
 import json
 import os
 import pathlib
@@ -11,14 +11,39 @@ import pytest
 SCRIPT = pathlib.Path(__file__).parent / 'compile_gpu.py'
 
 
-@pytest.mark.parametrize('shape', [(512, 512, 1024), (5, 200, 300)])
-def test_int8_units_multiply_and_no_register_is_spilled(shape):
+def compiled(*arguments):
+  """What compile_gpu.py says of a call of an op."""
   pytest.importorskip('jax_plugins.xla_cuda13')
   if not shutil.which('ptxas'):
     pytest.skip('needs ptxas on the PATH')
-  done = subprocess.run([sys.executable, SCRIPT, *map(str, shape)], capture_output=True, text=True,
-                        env=dict(os.environ, XLA_FLAGS=''))
+  done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True,
+                        text=True, env=dict(os.environ, XLA_FLAGS=''))
   assert done.returncode == 0, done.stderr[-3000:]
   found = json.loads(done.stdout.splitlines()[-1])
-  assert any('s32.s8.s8' in name for name in found['wgmma'])
   assert found['spilled'] and not any(found['spilled'])
+  return found
+
+
+@pytest.mark.parametrize('sizes', [
+    (1024, 2048, 1024), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in (
+        (1030, 2000, 300), (256, 2048, 256, 8), (4096, 4096, 4096)))])
+def test_int8_units_multiply_and_no_register_is_spilled(sizes):
+  found = compiled('w8a8', *sizes)
+  assert found['wgmma'] and all('s32.s8.s8' in name for name in found['wgmma'])
+
+
+@pytest.mark.parametrize(('scheme', 'sizes'), [
+    ('w4a16-g128', (1, 4096, 4096)), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('w4a16-g128', (1, 8192, 28672)), ('w4a16-g128-asym', (16, 4096, 4096)),
+        ('w4a16-g64', (512, 28672, 8192)), ('w4a16-g64-asym', (20, 8256, 4096)),
+        ('w4a16-g32-asym', (33, 4096, 4096)), ('w4a16-g32', (1, 4096, 4096, 2)),
+        ('w4a16', (4, 4096, 4096)), ('w8a16-g128', (1, 4096, 4096)),
+        ('w8a16-g32-asym', (100, 4096, 4096)), ('w2a16-g64-asym', (1, 4096, 4096))))])
+def test_codes_are_widened_in_registers_and_no_weight_in_memory(scheme, sizes):
+  found = compiled(scheme, *sizes)
+  assert found['wgmma'] and all('f32.bf16.bf16' in name for name in found['wgmma'])
+  M, N, K, *experts = sizes
+  # Float sums of at most 528 blocks of 128 x 16, or 132 of 128 x 64, and more where M x N is; and x
+  # in another order. A copy of the codes would be N * K / 2 bytes or more.
+  sums = max(4 * 132 * 128 * 64, 4 * (M + 63) * N) + 6 * (M + 63) * K
+  assert found['temporaries'] < (experts or [1])[0] * sums < (experts or [1])[0] * N * K // 2
