@@ -13,6 +13,7 @@
 
 namespace lean {
 
+constexpr int64_t DEPTH = 512;    // rows of a panel that are laid out at a time
 constexpr int64_t DEEP = 16;      // rows of bytes that one row of activations meets at a time
 constexpr int64_t SPAN = 4096;    // columns whose sums stay in the nearest cache
 constexpr int64_t ROWS = 256;     // of activations, whose sums stay in the cache

@@ -47,6 +47,10 @@ void RoundOne(const float* x, const Weight& w, const float* fixed, int level, bo
   else if (level == AVX2_ONLY) round = RoundRow2;
 #endif
   out.steps[m] = round(x + m * w.K, w.K, fixed, codes);
+  if (level < VNNI) {
+    std::copy_n(codes, w.K, out.floats.data() + m * w.K);
+    return;
+  }
   std::memset(codes + w.K, 0, 8);
   for (int64_t g = 0; g < out.G; ++g) {
     const int8_t* from = codes + g * w.group;
@@ -82,6 +86,7 @@ Rounded Round(ffi::ThreadPool& pool, const float* x, const Weight& w, int64_t M,
   r.pitch = Up(w.group, tiles ? 64 : 8);
   r.stride = r.G * r.pitch;
   r.codes.assign(Up(M, 16) * r.stride + 64, 0), r.sums.resize(M * r.G), r.steps.resize(M);
+  if (level < VNNI) r.floats.resize(M * w.K);
   const int64_t part = 16;                            // rows that a thread rounds at a time
   auto round = [&](int64_t p) {
     std::vector<int8_t> codes(w.K + 8), row(r.stride);

@@ -10,6 +10,7 @@
 #include <memory>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -131,6 +132,7 @@ struct Weight {
 // in tiles of 16 rows and 64 bytes, [M / 16, stride / 64, 16, 64], where the tiles' units read them.
 struct Rounded {
   Array<int8_t> codes;            // [M stride]
+  Array<float> floats;            // [M K], the codes; of the levels that multiply floats
   std::vector<int32_t> sums;      // [M G]
   std::vector<float> steps;       // [M]
   int64_t pitch, stride, G;
