@@ -13,6 +13,7 @@ def extensions():
     return []
   return [Extension(
       'lean_jax.kernels.native._lean', ['kernels/native/lean_kernels.cc'],
+      depends=[f'kernels/native/{name}.h' for name in ('amx', 'avx512', 'portable', 'weights')],
       include_dirs=[str(pathlib.Path(found.origin).with_name('include'))],
       extra_compile_args=['-std=c++17', '-O3', '-DNDEBUG', '-w', '-g0'], optional=True)]
 

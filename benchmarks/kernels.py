@@ -8,6 +8,7 @@ of each as exceed 256 MiB. Medians; GOP/s of a second of the processor, all thre
 table.
 """
 import argparse
+import itertools
 import statistics
 import time
 
@@ -18,22 +19,23 @@ import numpy as np
 from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.native import library
 from lean_jax.kernels.weight_only_matmul import api as weight_only
-from lean_jax.quantization import formats
-from lean_jax.quantization.packing import pack
+from lean_jax.quantization import formats, layouts
 from lean_jax.quantization.spec import parse_spec
 
 SCHEMES = ('w8a8', 'w4a8-g64', 'w8a16', 'w4a16-g64', 'nf4-g64', 'w2a16-g64')
+NAMES = dict(panels='prepared', packed='as saved')
 BEYOND = 256 << 20            # bytes, more than a cache has
 
 
-def operands(scheme, w):
+def operands(scheme, w, layout):
   """(the jitted product, its arrays after the activations)."""
   spec = parse_spec(scheme)
   codes, scale, zero = formats.quantize(w, spec)
-  values = pack(codes, spec.bits)
+  values, how = layouts.arranged(codes, spec, layout), dict(layout=layout)
   if spec.activation_bits:
-    return jax.jit(lambda x, v, s: int8.int8_matmul(x, v, s, group=spec.group)), (values, scale)
-  return (jax.jit(lambda x, v, s, z: weight_only.weight_only_matmul(x, v, s, z, spec)),
+    return (jax.jit(lambda x, v, s: int8.int8_matmul(x, v, s, group=spec.group, **how)),
+            (values, scale))
+  return (jax.jit(lambda x, v, s, z: weight_only.weight_only_matmul(x, v, s, z, spec, **how)),
           (values, scale, zero))
 
 
@@ -63,6 +65,7 @@ def main():
   parser.add_argument('--size', type=int, default=4096)
   parser.add_argument('--rows', type=int, nargs='+', default=[1, 32, 512])
   parser.add_argument('--rounds', type=int, default=15)
+  parser.add_argument('--layouts', nargs='+', choices=NAMES, default=list(NAMES))
   a = parser.parse_args()
   n, rng = a.size, np.random.default_rng(0)
   w = jnp.asarray(rng.normal(size=(n, n)) / n ** .5, jnp.float32)
@@ -70,9 +73,9 @@ def main():
         f'{library.why_not() or library.level()}\n')
   print('| rows | product | ms | times | GOP/s |\n| ---: | --- | ---: | ---: | ---: |')
   forms = {'XLA float32': (jax.jit(lambda x, w: x @ w), copies((w,)))}
-  for scheme in SCHEMES:
-    product, arrays = operands(scheme, w)
-    forms[scheme] = product, copies(arrays)
+  for layout, scheme in itertools.product(a.layouts, SCHEMES):
+    product, arrays = operands(scheme, w, layout)
+    forms[f'{scheme}, {NAMES[layout]}'] = product, copies(arrays)
   torch = torch_form(w)
   for rows in a.rows:
     x = jnp.asarray(rng.normal(size=(rows, n)), jnp.float32)

@@ -9,13 +9,15 @@ from lean_jax.kernels.grouped_matmul import api as grouped
 from lean_jax.kernels.int8_matmul import cpu, reference
 from lean_jax.kernels.platforms import device
 from lean_jax.kernels.platforms.choice import Form, chosen
+from lean_jax.quantization import layouts
 from lean_jax.quantization.packing import unpack
 
 ACTIVATIONS = dict(relu=jax.nn.relu, silu=jax.nn.silu, gelu=jax.nn.gelu)
 
 
 # The dtypes that values may have in a layout of `quantization.layouts`; uint8 is two codes a byte.
-LAYOUTS = dict(packed=('int8', 'uint8'), int4=('int2', 'int4', 'int8'), columns=('int8',))
+LAYOUTS = dict(packed=('int8', 'uint8'), int4=('int2', 'int4', 'int8'), columns=('int8',),
+               panels=('int8', 'uint8'))
 
 
 def _xla(x, values, scale, x_scale, group):
@@ -46,7 +48,7 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activa
     x: [*E M K], float.
     values: [*E K N], int8; or codes of four bits, [*E ceil(K / 2) N] uint8, packed as
       `quantization.packing.pack` does; of layout 'int4' jnp.int2 or int4 too; of 'columns'
-      [*E N K].
+      [*E N K]; of 'panels' [*E N/64 rows/4 256].
     scale: [*E G N] or [*E G 1], float: of each group of rows of values, and of each column or of
       all.
     group: rows of a group, the last may be shorter; None is all of them, G = 1.
@@ -70,11 +72,12 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activa
   if values.dtype not in LAYOUTS[layout]:
     raise ValueError(f'values are {values.dtype}; expected {" or ".join(LAYOUTS[layout])}, as '
                      f'layout {layout!r} has them')
-  *batch, rows, N = _logical(values.shape, layout)
+  batch, rows, N = _logical(values.shape, layout)
   K = x.shape[-1] if x.ndim else 0
-  if x.ndim != values.ndim or x.shape[:-2] != tuple(batch) or rows != _rows_of(K, values):
+  if x.ndim != len(batch) + 2 or x.shape[:-2] != batch or rows != _rows_of(K, values, layout):
+    more = (2 if values.dtype == jnp.uint8 else 1) * (4 if layout == 'panels' else 1)
     raise ValueError(f'x {x.shape} does not fit values {values.shape}; expected '
-                     f'[*E M {rows if values.dtype != jnp.uint8 else 2 * rows}]')
+                     f'[*E M {more * rows}]')
   G = -(-K // group) if group else 1
   if scale.shape not in ((*batch, G, N), (*batch, G, 1)):
     raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
@@ -120,8 +123,8 @@ def _why_no_kernel(how, x, values):
   why = device.why_no_int8()
   if why is None and values.dtype == jnp.uint8:
     why = "takes codes of four bits in layout 'int4' (lean_jax.weights.prepared)"
-  if why is None and how.layout == 'columns':
-    why = "takes layouts 'packed' and 'int4'; 'columns' is for GPUs"
+  if why is None and how.layout not in ('packed', 'int4'):
+    why = f"takes layouts 'packed' and 'int4', and this is {how.layout!r}"
   if why is None and how.group and how.group % 32:
     why = f'takes groups of multiples of 32 rows, and these have {how.group}'
   if why is None and 0 in (*x.shape, *values.shape):
@@ -145,16 +148,19 @@ def _unfused(run, how, x, values, scale, x_scale, bias):
   return _end(how, run(x, values, scale, x_scale, how.group), bias)
 
 
-def _rows_of(K, values):
-  """Rows of values for K of the weight."""
-  return (K + 1) // 2 if values.dtype == jnp.uint8 else K
+def _rows_of(K, values, layout):
+  """Rows of values for K of the weight; of 'panels' pieces of four."""
+  rows = (K + 1) // 2 if values.dtype == jnp.uint8 else K
+  return -(-rows // 4) if layout == 'panels' else rows
 
 
 def _integers(how, values, rows):
   """Values as [*E K N], an element a code; K = `rows`."""
-  if values.dtype == jnp.uint8:
-    return (unpack(values, 4, rows) ^ 8).astype(jnp.int8) - jnp.int8(8)
-  return jnp.swapaxes(values, -1, -2) if how.layout == 'columns' else values
+  if how.layout == 'int4':
+    return values
+  packed = values.dtype == jnp.uint8
+  values = layouts.in_rows(values, how.layout, layouts.byte_rows(rows, 4 if packed else 8))
+  return (unpack(values, 4, rows) ^ 8).astype(jnp.int8) - jnp.int8(8) if packed else values
 
 
 def _end(how, y, bias):
@@ -196,7 +202,7 @@ def _backward(how, saved, g):
 def _of_product(how, x, values, scale, x_scale, g):
   """The gradients of x and scale, from that of the product, float32."""
   values = _integers(how, values, x.shape[-1])
-  group = how.group or values.shape[-2]
+  group = how.group or x.shape[-1]
   rows = jnp.repeat(scale.astype(g.dtype), group, axis=-2)[..., :values.shape[-2], :]
   wide = values.astype(g.dtype)
   dx = jnp.matmul(g, jnp.swapaxes(wide * rows, -1, -2)).astype(x.dtype)
@@ -216,8 +222,10 @@ def _summed_to(g, bias):
 
 
 def _logical(shape, layout):
-  """[*E K N], whatever the layout."""
-  return (*shape[:-2], shape[-1], shape[-2]) if layout == 'columns' else shape
+  """(E, rows, N), whatever the layout; of 'panels' pieces of four rows."""
+  if layout == 'panels':
+    return shape[:-3], shape[-2], shape[-3] * layouts.PANEL
+  return shape[:-2], *(shape[:-3:-1] if layout == 'columns' else shape[-2:])
 
 
 def _sum_of_groups(x, group):

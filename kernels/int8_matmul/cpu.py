@@ -11,8 +11,9 @@ SCALES = (jnp.float32, jnp.bfloat16)
 
 def why_not(x, values, scale, group, layout):
   """None, or why it does not take these operands."""
-  if layout != 'packed':
-    return f"takes layout 'packed', and this is {layout!r}"
+  why = library.why_not_layout(layout)
+  if why is not None:
+    return why
   step = 8 if values.dtype == jnp.uint8 else 4
   if group < x.shape[-1] and group % step:
     return f'groups of {group} rows are no multiple of {step}'
@@ -30,11 +31,11 @@ def int8_matmul(x, values, scale, group, x_scale=None, level=-1):
     group: rows of a group; K if there is one.
     level: index of `library.LEVELS`, the most that is used; -1 is all that there is.
   """
-  flat = lambda a: a.reshape(-1, *a.shape[-2:])
+  flat = lambda a: a.reshape(-1, *a.shape[len(batch):])
   *batch, M, _ = x.shape
   fixed = jnp.zeros(0) if x_scale is None else x_scale.reshape(-1)
   y = jax.ffi.ffi_call('lean_integer', jax.ShapeDtypeStruct(
-      (flat(x).shape[0], M, values.shape[-1]), jnp.float32), vmap_method='sequential')(
+      (flat(x).shape[0], M, library.columns(values, batch)), jnp.float32), vmap_method='sequential')(
           flat(x).astype(jnp.float32), flat(values), flat(scale), fixed.astype(jnp.float32),
           bits=np.int64(4 if values.dtype == jnp.uint8 else 8), group=np.int64(group),
           level=np.int64(level))

@@ -6,7 +6,7 @@ import pathlib
 import jax
 
 TARGETS = dict(lean_integer='LeanInteger', lean_floating='LeanFloating')
-LEVELS = ('C++', 'AVX2', 'AVX512-VNNI')
+LEVELS = ('C++', 'AVX2', 'AVX512-VNNI', 'AMX')
 
 
 @functools.cache
@@ -32,6 +32,25 @@ def opened():
 def why_not():
   """None, or why the native kernels do not run, in words that follow their name."""
   return opened()[1]
+
+
+def why_not_layout(layout):
+  """None, or why they do not take a layout of `quantization.layouts`, or do not run."""
+  if layout not in ('packed', 'panels'):
+    return f"takes layouts 'packed' and 'panels', and this is {layout!r}"
+  if layout == 'panels' and why_not() is None and not takes_panels():
+    return f"takes layout 'panels' with AVX512-VNNI, and this CPU has {level()}"
+  return why_not()
+
+
+def columns(values, batch):
+  """N of values [*batch, rows, N], or [*batch, N / 64, quads, 256] in layout 'panels'."""
+  return values.shape[-1] if values.ndim == len(batch) + 2 else values.shape[-3] * 64
+
+
+def takes_panels():
+  """Whether this CPU has the instructions of the products with layout 'panels'."""
+  return why_not() is None and LEVELS.index(level()) >= LEVELS.index('AVX512-VNNI')
 
 
 def level():

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.quantize_rows import reference as rows
 from lean_jax.kernels.weight_only_matmul import api as weight_only
+from lean_jax.quantization import layouts
 from lean_jax.quantization.packing import unit
 
 
@@ -59,10 +60,10 @@ def int8_matmul(x, values, scale, mesh, axes, *, group=None, x_scale=None, layou
     ValueError: an axis does not divide by its devices, a group of rows is cut, or an axis of the
       mesh shards two axes.
   """
-  if values.ndim != 2:
-    raise ValueError(f'values {values.shape}; expected [K N]')
-  codes_each = unit(4) if values.dtype == jnp.uint8 else (1, 1)
-  _check(x, values, scale, mesh, axes, group, codes_each, layout)
+  if x.ndim != 2:
+    raise ValueError(f'x {x.shape}; expected [M K]')
+  bits = 4 if values.dtype == jnp.uint8 else 8
+  _check(x, values, scale, mesh, axes, group, bits, layout)
   how, of = dict(group=group, layout=layout, implementation=implementation), scale.shape
 
   def local(x, values, scale, *step):
@@ -97,11 +98,10 @@ def weight_only_matmul(x, values, scale, zero, spec, mesh, axes, *, layout='pack
   Raises:
     ValueError: as of `int8_matmul`; or scales are themselves in codes.
   """
-  if values.ndim != 2 or not hasattr(scale, 'dtype'):
-    raise ValueError(f'values {values.shape} with scales of {type(scale).__name__}; expected '
-                     '[K*bits/8 N] and an array')
-  codes_each = (1, 1) if layout == 'int4' else unit(spec.bits)
-  _check(x, values, scale, mesh, axes, spec.group, codes_each, layout)
+  if x.ndim != 2 or not hasattr(scale, 'dtype'):
+    raise ValueError(f'x {x.shape} and scales of {type(scale).__name__}; expected [M K] and an '
+                     'array')
+  _check(x, values, scale, mesh, axes, spec.group, spec.bits, layout)
   of = scale.shape
 
   def local(x, values, scale, *zero):
@@ -117,9 +117,15 @@ def weight_only_matmul(x, values, scale, zero, spec, mesh, axes, *, layout='pack
       x, values, scale, *given)
 
 
-def divides(rows, ways, group, each):
-  """Whether rows of a weight, `each` of them packed together, fall into as many whole parts."""
-  return ways == 1 or rows % (ways * math.lcm(group or 1, each)) == 0
+def units(group, bits, layout):
+  """(rows, columns) of a weight that are not cut: those that share bytes, scales or a piece."""
+  each = dict(int4=1, panels=32 // bits).get(layout) or unit(bits)[0]
+  return math.lcm(group or 1, each), layouts.PANEL if layout == 'panels' else 1
+
+
+def divides(length, ways, of):
+  """Whether a length falls into as many parts of whole units."""
+  return ways == 1 or length % (ways * of) == 0
 
 
 def _mapped(local, mesh, axes, layout, scale, more):
@@ -144,7 +150,7 @@ def _of_scale(axes, scale):
 
 
 def _turned(pair, layout):
-  return pair[::-1] if layout == 'columns' else pair
+  return pair[::-1] if layout in ('columns', 'panels') else pair
 
 
 def _all_values(values, axes, layout):
@@ -186,8 +192,8 @@ def _names(axis):
   return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
-def _check(x, values, scale, mesh, axes, group, packed, layout):
-  """Raises ValueError where parts would not be operands; `packed` is (codes, rows of values)."""
+def _check(x, values, scale, mesh, axes, group, bits, layout):
+  """Raises ValueError where parts would not be operands."""
   within = [n for a in (axes.K, axes.N, axes.fsdp, axes.fsdp_columns) for n in _names(a)]
   apart = [n for a in (axes.M, axes.K, axes.N) for n in _names(a)]
   for names in (within, apart):
@@ -197,16 +203,14 @@ def _check(x, values, scale, mesh, axes, group, packed, layout):
   unknown = [n for n in within + apart if n not in mesh.shape]
   if unknown:
     raise ValueError(f'no mesh axis {unknown[0]!r}; there are: {", ".join(mesh.shape)}')
-  M, K = x.shape
-  R, N = _turned(values.shape, layout)
+  (M, K), N = x.shape, layouts.columns_of(values.shape, layout)
+  of_rows, of_columns = units(group if scale.shape[0] > 1 else None, bits, layout)
   count = lambda *parts: math.prod(mesh.shape[n] for a in parts for n in _names(a))
-  for name, length, ways in (('M', M, count(axes.M)), ('K', K, count(axes.K)),
-                             ('N', N, count(axes.N, axes.fsdp_columns))):
-    if length % ways:
+  for name, length, ways, of in (('M', M, count(axes.M), 1), ('K', K, count(axes.K), 1),
+                                 ('N', N, count(axes.N, axes.fsdp_columns), of_columns)):
+    if not divides(length, ways, of):
       raise ValueError(f'{name} = {length} does not divide over {ways} devices; shard another axis')
-  ways, (each, size) = count(axes.K, axes.fsdp), packed
-  group = group if scale.shape[0] > 1 else None
-  if ways > 1 and (not divides(K, ways, group, each) or K // each * size != R):
-    unit_rows = math.lcm(group or 1, each)
-    raise ValueError(f'{K} rows over {ways} devices cut groups of {unit_rows}; expected a multiple '
-                     f'of {unit_rows * ways} rows')
+  ways = count(axes.K, axes.fsdp)
+  if not divides(K, ways, of_rows):
+    raise ValueError(f'{K} rows over {ways} devices cut groups of {of_rows}; expected a multiple '
+                     f'of {of_rows * ways} rows')

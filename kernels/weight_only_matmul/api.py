@@ -19,7 +19,8 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
     x: [*E M K], float.
     values: the codes in `layout`: 'packed', [*E ceil(K * bits / 8) N], uint8, as
       `quantization.packing.pack` does, int8 or uint8 codes if they have 8 bits; 'int4', [*E K N],
-      jnp.int2, int4 or int8; 'columns', [*E N ceil(K * bits / 8)]. See `quantization.layouts`.
+      jnp.int2, int4 or int8; 'columns', [*E N ceil(K * bits / 8)]; 'panels', [*E N/64 rows/4
+      256]. See `quantization.layouts`.
     scale: [*E G N] or [*E G 1], groups of rows as spec says; or quantization.nested.Nested.
     zero: as scale, or None where spec is symmetric.
     spec: QuantSpec.
@@ -39,11 +40,11 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
   if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f'x is {x.dtype} {x.shape}; expected floats [*E M K]')
   *batch, _, K = x.shape
-  N = values.shape[-2 if layout == 'columns' else -1] if values.ndim >= 2 else 0
+  N = layouts.columns_of(values.shape, layout)
   expected = layouts.shape(batch, K, N, spec, layout)
   if values.shape != expected:
-    letters = 'N {}' if layout == 'columns' else '{} N'
-    rows = expected[-1] if layout == 'columns' else expected[-2]
+    letters = dict(columns='N {}', panels=f'N/{layouts.PANEL} {{}} 256').get(layout, '{} N')
+    rows = expected[-1 if layout == 'columns' else -2]
     raise ValueError(f'values {values.shape} do not fit x {x.shape}; {spec} packs {K} rows of the '
                      f'axis that is summed over into {rows}: expected '
                      f'{(*batch, *letters.format(rows).split())} of layout {layout!r}')
@@ -85,8 +86,8 @@ def _why_no_kernel(spec, layout, x, values, scale):
   if values.dtype != layouts.element(spec):              # so it is for 8 signed bits as they are
     return (f"takes integer codes in layout 'int4' (lean_jax.weights.prepared), and these are "
             f'{values.dtype} of {spec} in {layout!r}')
-  if layout == 'columns':
-    return "takes layout 'int4'; 'columns' is for GPUs"
+  if layout not in ('packed', 'int4'):
+    return f"takes layout 'int4', and this is {layout!r}"
   if spec.group is None or spec.group % 32 or spec.tensor:
     return f'takes groups of multiples of 32 rows, and {spec} has others'
   if x.dtype != jnp.bfloat16:

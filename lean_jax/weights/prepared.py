@@ -11,12 +11,13 @@ import jax.numpy as jnp
 
 from lean_jax.errors import InputError
 from lean_jax.kernels.grouped_matmul import api as grouped_matmul
+from lean_jax.kernels.native import library
 from lean_jax.quantization import formats, layouts
 from lean_jax.weights.base import Weight, from_matrix, matrix_names, pytree, static
 from lean_jax.weights.product import product
 from lean_jax.weights.quantized import Quantized
 
-PLATFORMS = dict(cpu='packed', tpu='int4', gpu='columns')
+PLATFORMS = dict(cpu='panels', tpu='int4', gpu='columns')
 
 
 @pytree
@@ -81,13 +82,15 @@ class Prepared(Weight):
     few = dataclasses.replace(
         w, scale=columns(wide), zero=None if w.zero is None else columns(w.zero),
         sizes=(flat.shape[0], w.sizes[1]), spec=dataclasses.replace(w.spec, double=False))
-    values = jnp.take(self.values, flat, axis=-2 if self.layout == 'columns' else -1)
-    rows = dataclasses.replace(self, values=values, rest=few).unbox()
+    values = layouts.columns(self.values, flat, self.layout)
+    layout = 'packed' if self.layout == 'panels' else self.layout
+    rows = dataclasses.replace(self, values=values, rest=few, layout=layout).unbox()
     return rows.reshape(*ids.shape, -1)
 
   def names(self):
     *batch, i, o = matrix_names(self.dims, self.axes)
-    values = (*batch, o, i) if self.layout == 'columns' else (*batch, i, o)
+    values = dict(columns=(*batch, o, i), panels=(*batch, o, i, None)).get(self.layout,
+                                                                          (*batch, i, o))
     return dataclasses.replace(self, values=values,
                                rest=dataclasses.replace(self.rest.names(), values=None))
 
@@ -99,11 +102,12 @@ def prepare(params, platform):
   """The tree with each Quantized weight, inside others too, laid out for a platform.
 
   Codes that a layout has no room for (nf4 and fp8 on a TPU, where XLA writes such a weight out once
-  a use) stay packed. What is prepared already stays as it is.
+  a use) stay packed; so does, for CPUs, what is no multiple of 64 columns, and everything where
+  no kernel reads panels (`lean-jax info`). What is prepared already stays as it is.
 
   Args:
     params: a tree of weights and arrays.
-    platform: 'tpu': integers; 'gpu': columns; 'cpu': packed, so the tree as it is.
+    platform: 'tpu': integers; 'gpu': columns; 'cpu': panels.
 
   Raises:
     InputError: there is no such platform.
@@ -113,7 +117,10 @@ def prepare(params, platform):
   layout = PLATFORMS[platform]
 
   def one(w):
-    if not isinstance(w, Quantized) or layout == 'packed':
+    if not isinstance(w, Quantized):
+      return w
+    if layout == 'panels' and not (library.takes_panels() and layouts.has_panels(
+        w.spec, w.matrix_rows, w.values.shape[-1])):
       return w
     if layout == 'int4' and layouts.element(w.spec) is None:
       return w

@@ -16,7 +16,6 @@ from lean_jax.kernels.platforms import choice, sharded
 from lean_jax.kernels.weight_only_matmul import api as weight_only
 from lean_jax.quantization import codes as grid
 from lean_jax.quantization import layouts
-from lean_jax.quantization.packing import unit
 from lean_jax.weights.base import as_matmul, matrix_names
 
 
@@ -50,7 +49,10 @@ def product(eqn, x, w, values, layout):
 
 def _integers(w, values, layout):
   """(values, layout) as `int8_matmul` takes them: a byte a code, or bytes of two rows."""
-  if layout == 'int4' or w.spec.bits == dict(packed=4, columns=8)[layout]:
+  bits = w.spec.bits
+  taken = dict(packed=bits == 4, int4=True, columns=bits == 8,
+               panels=bits == 8 or (bits == 4 and w.spec.code == 'int'))
+  if taken[layout]:
     return values, layout
   codes = layouts.codes_of(values, w.spec, w.matrix_rows, layout)
   return grid.integers(codes, w.spec), 'packed'
@@ -65,7 +67,7 @@ def axes(eqn, x, w, values, layout):
   several matrices at once.
   """
   mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
-  if (not rules or not choice.partitioned() or values.ndim != 2
+  if (not rules or not choice.partitioned() or set(w.dims) != set('io')
       or any(kind != AxisType.Auto for kind in mesh.axis_types)):
     return None
   ways = lambda names: math.prod(mesh.shape[n] for n in names)
@@ -79,11 +81,13 @@ def axes(eqn, x, w, values, layout):
   M = of('batch')
   M = M if x.shape[first] % ways(M) == 0 else ()
   inputs, outputs = map(of, matrix_names(w.dims, w.axes)[-2:])
-  each = 1 if layout == 'int4' or values.dtype == jnp.int8 else unit(w.spec.bits)[0]
   group = w.spec.group if w.scale.shape[-2] > 1 else None
-  if not sharded.divides(w.matrix_rows, ways(inputs), group, each):
+  bits = 8 if values.dtype == jnp.int8 else w.spec.bits
+  of_rows, of_columns = sharded.units(group, bits, layout)
+  if not sharded.divides(w.matrix_rows, ways(inputs), of_rows):
     inputs = ()
-  if set(outputs) & set(inputs) or math.prod(w.sizes) // w.matrix_rows % ways(outputs):
+  columns = layouts.columns_of(values.shape, layout)
+  if set(outputs) & set(inputs) or not sharded.divides(columns, ways(outputs), of_columns):
     outputs = ()
   there = lambda names, gathered: tuple(n for n in names if (n in M) == gathered) or None
   return sharded.Axes(M or None, there(inputs, False), there(outputs, False), there(inputs, True),

@@ -138,7 +138,8 @@ def test_scales_in_codes_are_refused():
 
 
 def weight(scheme, axes, layout='packed'):
-  w = rtn(Dense(jax.random.normal(jax.random.key(0), (64, 16)), 'io', axes), scheme)
+  shape = 64, 128 if layout == 'panels' else 16
+  w = rtn(Dense(jax.random.normal(jax.random.key(0), shape), 'io', axes), scheme)
   return w if layout == 'packed' else Prepared.of(w, layout)
 
 
@@ -158,7 +159,8 @@ def product(w, x):
 
 @pytest.mark.parametrize(('scheme', 'layout'), [
     ('w4a16-g16', 'packed'), ('w4a16-g8-asym', 'int4'), ('nf4-g16-dq', 'columns'),
-    ('w3a16-g8', 'packed'), ('w8a8', 'packed'), ('w4a8-g16', 'int4'), ('w8a8', 'columns')])
+    ('w3a16-g8', 'packed'), ('w8a8', 'packed'), ('w4a8-g16', 'int4'), ('w8a8', 'columns'),
+    ('w4a16-g16', 'panels'), ('w4a8-g16', 'panels')])
 @pytest.mark.parametrize('axes', [('embed', 'mlp'), ('mlp', 'embed')], ids='-'.join)
 @pytest.mark.parametrize('rows', [4, 1])
 def test_a_weight_multiplies_on_a_mesh_as_on_one_device(scheme, layout, axes, rows):
