@@ -19,13 +19,14 @@ from lean_jax.quantization import layouts
 from lean_jax.weights.base import as_matmul, matrix_names
 
 
-def product(eqn, x, w, values, layout):
+def product(eqn, x, w, values, layout, implementation=None):
   """`einsum` of a Quantized weight.
 
   Args:
     eqn, x: as of `Weight.einsum`.
     w: the weight; of its values only `values` is read.
     values, layout: its codes, and how they lie: see `quantization.layouts`.
+    implementation: of the op; None is the fastest.
   """
   x2, restore = as_matmul(eqn, x, w.dims, w.sizes)
   if w.order is not None:
@@ -38,6 +39,7 @@ def product(eqn, x, w, values, layout):
   else:
     runs = weight_only.weight_only_matmul, sharded.weight_only_matmul
     given, how = (x2, values, scale, w.zero, spec), dict(layout=layout)
+  how['implementation'] = implementation
   where = axes(eqn, x, w, values, layout)
   run = runs[where is not None]
   if where is not None:
