@@ -93,7 +93,7 @@ def weight_only_matmul(x, values, scale, zero, spec, mesh, axes, *, layout='pack
     axes: Axes.
 
   Returns:
-    [M N], in x's dtype; sums over devices in float32.
+    [M N], in x's dtype; each device's product is in it too, their sum in float32.
 
   Raises:
     ValueError: as of `int8_matmul`; or scales are themselves in codes.
@@ -107,10 +107,9 @@ def weight_only_matmul(x, values, scale, zero, spec, mesh, axes, *, layout='pack
   def local(x, values, scale, *zero):
     values, scale = _all_values(values, axes, layout), _all_scales(scale, axes, of)
     zero = _all_scales(zero[0], axes, of) if zero else None
-    wide = x.astype(jnp.float32) if axes.K else x
-    y = weight_only.weight_only_matmul(wide, values, scale, zero, spec, layout=layout,
+    y = weight_only.weight_only_matmul(x, values, scale, zero, spec, layout=layout,
                                        implementation=implementation)
-    return lax.psum(y, axes.K).astype(x.dtype) if axes.K else y
+    return lax.psum(y.astype(jnp.float32), axes.K).astype(x.dtype) if axes.K else y
 
   given = () if zero is None else (zero,)
   return _mapped(local, mesh, axes, layout, scale, [_of_scale(axes, scale)] * len(given))(

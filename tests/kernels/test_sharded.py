@@ -162,7 +162,7 @@ def product(w, x):
     ('w3a16-g8', 'packed'), ('w8a8', 'packed'), ('w4a8-g16', 'int4'), ('w8a8', 'columns'),
     ('w4a16-g16', 'panels'), ('w4a8-g16', 'panels')])
 @pytest.mark.parametrize('axes', [('embed', 'mlp'), ('mlp', 'embed')], ids='-'.join)
-@pytest.mark.parametrize('rows', [4, 1])
+@pytest.mark.parametrize('rows', [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_weight_multiplies_on_a_mesh_as_on_one_device(scheme, layout, axes, rows):
   w = weight(scheme, axes, layout)
   x = jax.random.normal(jax.random.key(1), (rows, 3, 64))
