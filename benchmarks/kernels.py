@@ -9,12 +9,14 @@ table.
 """
 import argparse
 import itertools
+import os
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 
 from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.native import library
@@ -46,25 +48,13 @@ def copies(arrays):
   return [jax.tree.map(again, arrays) for _ in range(max(2, BEYOND // size + 1))]
 
 
-def torch_form(w):
-  """(torch's name, a function of x) of its dynamic 8-bit product, or None without torch."""
-  try:
-    import torch
-  except ImportError:
-    return None
-  layers = []
-  for _ in range(max(2, BEYOND // (w.size) + 1)):
-    layer = torch.nn.Linear(*w.shape, bias=False)
-    layer.weight.data = torch.from_numpy(np.array(w).T.copy())
-    layers.append(torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer)))
-  return f'torch {torch.__version__} dynamic int8', layers, torch
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--size', type=int, default=4096)
   parser.add_argument('--rows', type=int, nargs='+', default=[1, 32, 512])
   parser.add_argument('--rounds', type=int, default=15)
+  parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)),
+                      help='of the other libraries (as many as processors)')
   parser.add_argument('--layouts', nargs='+', choices=NAMES, default=list(NAMES))
   a = parser.parse_args()
   n, rng = a.size, np.random.default_rng(0)
@@ -76,15 +66,16 @@ def main():
   for layout, scheme in itertools.product(a.layouts, SCHEMES):
     product, arrays = operands(scheme, w, layout)
     forms[f'{scheme}, {NAMES[layout]}'] = product, copies(arrays)
-  torch = torch_form(w)
+  others = {}
+  for peer in (peers.torch, peers.onnx, peers.ggml):
+    others |= peer(np.asarray(w), BEYOND // (w.size // 2) + 1, a.threads)
   for rows in a.rows:
     x = jnp.asarray(rng.normal(size=(rows, n)), jnp.float32)
     calls = {name: [lambda f=f, c=c, x=x: jax.block_until_ready(f(x, *c)) for c in each]
              for name, (f, each) in forms.items()}
-    if torch:
-      name, layers, module = torch
-      given = module.from_numpy(np.array(x))
-      calls[name] = [lambda layer=layer, given=given: layer(given) for layer in layers]
+    given = np.array(x)
+    calls |= {name: [lambda f=f, given=given: f(given) for f in each]
+              for name, each in others.items()}
     seen = {name: [] for name in calls}
     for k in range(a.rounds + 1):
       for name, each in calls.items():

@@ -10,10 +10,13 @@ from lean_jax.generation import loop, speculative
 from lean_jax.generation.caches import cache_bytes, with_cache
 from lean_jax.generation.prompts import begun, check_length
 from lean_jax.generation.sampling import Sampling
+from lean_jax.kernels.platforms import device
+from lean_jax.kernels.platforms.choice import partitioned
 from lean_jax.models.segments import configured, converted
+from lean_jax.weights.prepared import prepare
 
-WRITTEN_OUT = 1 << 30         # bytes of weights, and
-DEEPEST = 24                  # layers, up to which `written_out` pays
+WRITTEN_OUT = 1 << 30         # bytes of weights, up to which `written_out` copies them, and
+DEEPEST = 24                  # layers, up to which it writes them out
 
 
 class Writer:
@@ -142,19 +145,26 @@ def renewals(config, start, end):
 
 
 def written_out(module, params):
-  """The module and params with each layer by itself, where that pays.
+  """The module and params with each layer by itself, and weights laid out for the device.
 
   Inside a loop over tokens, XLA copies a layer's weights out of a stack of layers for every token.
-  Written-out layers are copied once, and need that much memory more: models that are large or deep,
-  whose programs take long to compile, stay as they are.
+  Written-out layers are copied once, and need that much memory more; so do weights that are laid out
+  anew, see `prepare`. Large models stay as they are, and the layers of deep ones, whose programs take
+  long to compile.
   """
   config = module.config
-  layers = sum(stack.layers for stack in config.stacks.values())
-  if not config.scan_layers or layers > DEEPEST or tree.nbytes(params) > WRITTEN_OUT:
+  if tree.nbytes(params) > WRITTEN_OUT:
     return module, params
-  return configured(config, scan_layers=False).module, _written_out(config, params)
+  layers = sum(stack.layers for stack in config.stacks.values())
+  apart = config.scan_layers and layers <= DEEPEST
+  platform = None if partitioned() else dict(cpu='cpu', tpu='tpu').get(device.platform())
+  if apart:
+    module = configured(config, scan_layers=False).module
+  return module, _written_out(config, apart, platform, params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _written_out(config, params):
-  return converted(config, params, False)[1]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _written_out(config, apart, platform, params):
+  if apart:
+    params = converted(config, params, False)[1]
+  return params if platform is None else prepare(params, platform)

@@ -51,16 +51,20 @@ def arranged(codes, spec, layout):
   Raises:
     ValueError: there is no such layout, or none such of this scheme.
   """
+  if layout != 'int4':
+    return laid_out(pack(codes, spec.bits), spec, layout)
   check(layout, spec)
-  if layout == 'packed':
-    return pack(codes, spec.bits)
-  if layout == 'columns':
-    return jnp.swapaxes(pack(codes, spec.bits), -1, -2)
-  if layout == 'panels':
-    return _in_panels(pack(codes, spec.bits))
   if spec.code != 'int':
     return grid.integers(codes, spec).astype(element(spec))
   return (codes.astype(jnp.int16) - offset(spec)).astype(jnp.int8).astype(element(spec))
+
+
+def laid_out(packed, spec, layout):
+  """`arranged` of codes that are packed already, in a layout of bytes: any but 'int4'."""
+  check(layout, spec)
+  if layout == 'columns':
+    return jnp.swapaxes(packed, -1, -2)
+  return _in_panels(packed) if layout == 'panels' else packed
 
 
 def codes_of(values, spec, rows, layout):

@@ -36,8 +36,9 @@ class Prepared(Weight):
     Raises:
       ValueError: there is no such layout, or its codes have no such layout.
     """
-    return cls(layouts.arranged(w.codes(), w.spec, layout), dataclasses.replace(w, values=None),
-               layout)
+    values = (layouts.arranged(w.codes(), w.spec, layout) if layout == 'int4' else
+              layouts.laid_out(w.values, w.spec, layout))
+    return cls(values, dataclasses.replace(w, values=None), layout)
 
   def quantized(self):
     """The weight that it was made of."""

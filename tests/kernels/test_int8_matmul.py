@@ -8,10 +8,15 @@ from hypothesis import strategies as st
 
 from lean_jax.kernels.int8_matmul import api, cpu, reference
 from lean_jax.kernels.native import library
+from lean_jax.quantization import layouts
 from lean_jax.quantization.packing import pack
+from lean_jax.quantization.spec import parse_spec
 
 native = pytest.param('native', marks=pytest.mark.skipif(
     library.why_not() is not None, reason=f'the native kernels: {library.why_not()}'))
+
+
+VNNI = library.LEVELS.index('AVX512-VNNI')
 
 
 def operands(shape, seed=0, group=None):
@@ -39,11 +44,19 @@ def test_an_implementation_equals_the_reference(implementation, shape, group, st
   np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * most if group else 1e-30)
 
 
+def panels(values, bits):
+  """Values in layout 'panels', None where they have none such."""
+  if values.shape[-1] % 64:
+    return None
+  return layouts.arranged(values, parse_spec(f'w{bits}a8'), 'panels')
+
+
 @pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
 @pytest.mark.parametrize('level', range(len(library.LEVELS)))
 @pytest.mark.parametrize('bits', [8, 4])
 @settings(deadline=None, max_examples=4)
-@given(st.tuples(st.sampled_from([1, 2, 5, 7, 13]), st.integers(1, 90), st.integers(1, 150)),
+@given(st.tuples(st.sampled_from([1, 2, 7, 16, 19]), st.integers(1, 90),
+                  st.sampled_from([1, 64, 70, 128, 150])),
        st.sampled_from([None, 8, 24, 64]), st.booleans(), st.integers(0, 2 ** 31 - 1))
 def test_every_level_of_the_native_kernel_equals_the_reference(level, bits, shape, group, static,
                                                                seed):
@@ -51,15 +64,17 @@ def test_every_level_of_the_native_kernel_equals_the_reference(level, bits, shap
   top = 2 ** (bits - 1)
   values = jnp.clip(values, -top, top - 1)
   x_scale = jnp.asarray([.02, .03]) if static else None
-  got = cpu.int8_matmul(x, pack(values, bits), scale, group or shape[1], x_scale, level)
   want = reference.int8_matmul(x, values, scale, x_scale, group)
   most = float(jnp.abs(want).max())
-  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * most)
+  for laid_out in (pack(values, bits), panels(values, bits)):
+    if laid_out is not None and (laid_out.ndim == 3 or level >= VNNI):
+      got = cpu.int8_matmul(x, laid_out, scale, group or shape[1], x_scale, level)
+      np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * most)
 
 
 @pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
 @pytest.mark.parametrize('level', range(len(library.LEVELS)))
-@pytest.mark.parametrize('M', [1, 3])
+@pytest.mark.parametrize('M', [1, 3, 260])
 def test_large_products_are_exact_in_their_integers_and_in_order(level, M):
   # More columns than a span, more rows than are laid out at a time; the sums reach 2 ** 27.
   x = jnp.full((M, 1100), 127.).at[:, ::3].set(-127.)
@@ -68,6 +83,26 @@ def test_large_products_are_exact_in_their_integers_and_in_order(level, M):
   got = cpu.int8_matmul(x, values, scale, 1100, None, level)
   exact = np.asarray(x, np.int64) @ np.asarray(values, np.int64)
   np.testing.assert_array_equal(np.asarray(got), exact.astype(np.float32) * np.asarray(scale))
+  if level >= VNNI:
+    got = cpu.int8_matmul(x, panels(values[:, :4160], 8), scale[:, :4160], 1100, None, level)
+    np.testing.assert_array_equal(np.asarray(got), (exact.astype(np.float32) * scale)[:, :4160])
+
+
+@pytest.mark.skipif(not library.takes_panels(), reason='no kernel here reads panels')
+def test_panels_are_the_same_codes_in_every_implementation():
+  x, values, scale = operands((2, 3, 18, 64))
+  for bits, codes in ((8, values), (4, values // 16)):
+    want = reference.int8_matmul(x, codes, scale)
+    for implementation in ('xla', 'native', 'reference'):
+      got = api.int8_matmul(x, panels(codes, bits), scale, layout='panels',
+                            implementation=implementation)
+      np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-5)
+    grad = lambda v, layout: jax.grad(lambda s: jnp.sum(api.int8_matmul(
+        x, v, s, layout=layout) ** 2))(scale)
+    np.testing.assert_allclose(grad(panels(codes, bits), 'panels'), grad(pack(codes, bits), 'packed'),
+                               rtol=1e-5)
+  with pytest.raises(ValueError, match='expected'):
+    api.int8_matmul(x[..., :15], panels(values, 8), scale, layout='panels')
 
 
 @pytest.mark.parametrize('implementation', ['xla', native])

@@ -6,7 +6,7 @@ import pytest
 
 from lean_jax.kernels.native import library
 from lean_jax.kernels.weight_only_matmul import api, cpu, reference
-from lean_jax.quantization import formats
+from lean_jax.quantization import formats, layouts
 from lean_jax.quantization.packing import pack
 from lean_jax.quantization.spec import parse_spec
 
@@ -45,15 +45,45 @@ def test_an_implementation_equals_the_reference(scheme, shape):
                                     'w2a16-g32', 'nf4-g32-dq', 'fp4-g32', 'mxfp4', 'w4a16-tensor'])
 def test_every_level_of_the_native_kernel_equals_the_reference(level, scheme):
   # Few rows and many, columns past a panel, a last group that is shorter.
-  for shape in ((1, 136, 70), (3, 100, 64), (2, 7, 65, 130)):
+  for shape in ((1, 136, 70), (3, 112, 64), (2, 7, 65, 130), (20, 600, 128)):
     if scheme == 'mxfp4' and shape[-2] % 16:
       continue
     x, values, scale, zero, spec = operands(scheme, shape)
-    got = cpu.weight_only_matmul(x, values, scale, zero, spec, level)
     want = reference.weight_only_matmul(x, values, scale, zero, spec)
     # K products of float32 in another order; of a zero point, products with codes up to 2 ** bits
     bound = 2. ** -23 * x.shape[-1] ** .5 * 8 * float(jnp.abs(want).max())
+    got = cpu.weight_only_matmul(x, values, scale, zero, spec, level)
     np.testing.assert_allclose(got, want, atol=bound, rtol=0)
+    K, N = x.shape[-1], values.shape[-1]
+    if level >= library.LEVELS.index('AVX512-VNNI') and layouts.has_panels(spec, K, N):
+      got = cpu.weight_only_matmul(x, layouts.laid_out(values, spec, 'panels'), scale, zero, spec,
+                                   level)
+      np.testing.assert_allclose(got, want, atol=bound, rtol=0)
+
+
+@native
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('scheme', ['w8a16-g32-asym', 'w4a16-g32', 'nf4-g32'])
+def test_short_activations_are_multiplied_as_they_are(dtype, scheme):
+  # None of their bits is lost: what is rounded is the result alone.
+  x, values, scale, zero, spec = operands(scheme, (17, 96, 70), dtype=dtype)
+  want = reference.weight_only_matmul(x.astype(jnp.float32), values, scale, zero, spec)
+  got = api.weight_only_matmul(x, values, scale, zero, spec, implementation='native')
+  bound = float(jnp.finfo(dtype).eps) / 2 + 2. ** -23 * 80
+  np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=0,
+                             atol=bound * float(jnp.abs(want).max()))
+
+
+@native
+@pytest.mark.parametrize('rows', [3, 20])
+def test_activations_that_are_not_finite_reach_their_rows_alone(rows):
+  x, values, scale, _, spec = operands('w4a16-g8', (rows, 24, 70))
+  x = x.at[1, 2].set(jnp.nan).at[2, 5].set(jnp.inf)
+  y = api.weight_only_matmul(x, values, scale, None, spec, implementation='native')
+  want = reference.weight_only_matmul(x, values, scale, None, spec)
+  assert np.isnan(y[1]).all()
+  np.testing.assert_array_equal(np.isnan(y[2]), np.isnan(want[2]))
+  assert np.isfinite(np.delete(y, (1, 2), 0)).all()
 
 
 @native

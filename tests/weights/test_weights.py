@@ -14,6 +14,7 @@ from flax.core import meta
 from lean_jax import tree
 from lean_jax.adapters.lora import lora, merge_lora
 from lean_jax.errors import InputError
+from lean_jax.kernels.native import library
 from lean_jax.kernels.quantize_rows.reference import quantize_rows
 from lean_jax.nn.linear import dims_of
 from lean_jax.quantization.ema import ema
@@ -295,6 +296,43 @@ def test_preparing_changes_no_value_and_can_be_undone(scheme, platform):
   if not apart:
     np.testing.assert_array_equal(p.quantized().values, w.values)
     assert prepare(p, platform) is p
+
+
+@pytest.mark.skipif(not library.takes_panels(), reason='no kernel here reads panels')
+@pytest.mark.parametrize(('scheme', 'eqn'), [
+    ('w8a16', 'btd,vd->btv'), ('w4a16-g8', 'btd,dhk->bthk'), ('w4a16-g8-asym', 'btd,vd->btv'),
+    ('w2a16-g16', 'ebtd,edf->ebtf'), ('nf4-g8-dq', 'btd,vd->btv'), ('w8a8', 'ebtd,edf->ebtf'),
+    ('w4a8-g8', 'btd,df->btf'), ('mxfp4', 'btd,df->btf')])
+def test_panels_of_a_cpu_hold_the_same_weight(scheme, eqn):
+  sizes = dict(b=2, t=3, d=32 if scheme == 'mxfp4' else 20, f=128, v=64, h=4, k=32, e=3)
+  shape = lambda names: tuple(sizes[n] for n in names)
+  x_names, w_names = eqn.split('->')[0].split(',')
+  w = rtn(weight(eqn, shape(w_names)), scheme)
+  p = prepare(w, 'cpu')
+  assert isinstance(p, Prepared) and p.layout == 'panels'
+  assert prepare(p, 'cpu') is p
+  np.testing.assert_array_equal(p.unbox(), w.unbox())
+  np.testing.assert_array_equal(p.quantized().values, w.values)
+  x = jax.random.normal(jax.random.key(1), shape(x_names))
+  got, want = p.einsum(eqn, x), w.einsum(eqn, x)
+  # up to 32 products of float32 in another order
+  np.testing.assert_allclose(got, want, atol=2. ** -23 * 32 * float(jnp.abs(want).max()), rtol=0)
+  grads = [jax.grad(lambda x, w=w: jnp.sum(jnp.sin(w.einsum(eqn, x))))(x) for w in (p, w)]
+  np.testing.assert_allclose(*grads, atol=1e-4, rtol=1e-4)
+  if eqn == 'btd,vd->btv':
+    ids = jnp.asarray([[3, 1], [63, 3]])
+    np.testing.assert_array_equal(p.take(ids), w.take(ids))
+
+
+def test_what_has_no_panels_stays_packed():
+  for scheme, shape in (('w4a16', (8, 60)), ('fp8', (8, 64)), ('w3a16', (8, 64)),
+                        ('w4a16-g4', (8, 64))):
+    w = rtn(weight('btd,df->btf', shape), scheme)
+    assert prepare(w, 'cpu') is w
+  with pytest.raises(ValueError, match='multiples of 64 columns, and there are 60'):
+    Prepared.of(rtn(weight('btd,df->btf', (8, 60)), 'w4a16'), 'panels')
+  with pytest.raises(ValueError, match="'panels' of w3a16; it takes codes of 2, 4 and 8 bits"):
+    Prepared.of(rtn(weight('btd,df->btf', (8, 64)), 'w3a16'), 'panels')
 
 
 def test_a_prepared_tree_is_not_saved():
