@@ -2,12 +2,9 @@
 
 python docs/models.py      from the root of a checkout, with torch and the extra interop; minutes
 """
-import importlib.metadata
 import os
 import pathlib
-import platform
 import sys
-import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
@@ -18,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 
+from docs.page import markdown, versions  # noqa: E402
 from lean_jax.models.families import FAMILIES  # noqa: E402
 from tests.interop.parity import CHECKS  # noqa: E402
 from tests.interop.rows import ROWS  # noqa: E402
@@ -62,8 +60,8 @@ def main():
     table.append((family, *(cell for _, cell in cells)))
     print(*table[-1], sep=' | ', flush=True)
     jax.clear_caches()
-  text = INTRODUCTION.format(versions=versions()) + '\n' + markdown(
-      ('family', 'row', 'class', 'checks'), rows)
+  text = INTRODUCTION.format(versions=versions('jax', 'flax', 'torch', 'transformers')) + '\n'
+  text += markdown(('family', 'row', 'class', 'checks'), rows)
   text += METHODS + '\n' + markdown(('family', *methods), table)
   (ROOT / 'docs' / 'models.md').write_text(text)
   missing = set(FAMILIES) - {row.family for row in ROWS} - {'lean_lstm'}
@@ -80,19 +78,6 @@ def outcome(check, subject, failed, name):
     failed.append(f'{name} {title}: {error}')
     return title, '**fails**'
   return title, 'same' if value is None else f'{value:.1e}' if abs(value) < .01 else f'{value:.2f}'
-
-
-def versions():
-  """What made the table."""
-  packages = ', '.join(f'{p} {importlib.metadata.version(p)}' for p in (
-      'jax', 'flax', 'torch', 'transformers'))
-  return f'{time.strftime("%Y-%m-%d")}, CPU, Python {platform.python_version()}, {packages}'
-
-
-def markdown(titles, rows):
-  """A table."""
-  line = lambda cells: '| ' + ' | '.join(cells) + ' |\n'
-  return line(titles) + line(['---'] * len(titles)) + ''.join(map(line, rows))
 
 
 if __name__ == '__main__':

@@ -4,13 +4,10 @@ LEAN_JAX_DATA=DIR python docs/quantization.py     from the root of a checkout; h
 
 The real model and text are stories260K and TinyStories in that folder, as its README has them.
 """
-import importlib.metadata
 import os
 import pathlib
-import platform
 import sys
 import tempfile
-import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
@@ -24,6 +21,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 import lean_jax as lean  # noqa: E402
+from docs.page import markdown, versions  # noqa: E402
 from lean_jax import methods, tree  # noqa: E402
 from lean_jax.calibration.driver import calibrated  # noqa: E402
 from lean_jax.data import sources  # noqa: E402
@@ -44,8 +42,6 @@ Each scheme rounded to nearest, of a matrix [1024, 256] of normal numbers: bits 
 stored, scales and zero points included, and the error of the values, in parts of their root mean
 square.
 
-| scheme | bits | error |
-| --- | ---: | ---: |
 '''
 REAL = '''
 ## Methods and formats
@@ -55,8 +51,6 @@ on {texts} of TinyStories that were not seen, calibrated on {samples} windows of
 others. Its widths are 64 and 172, and groups of 32 leave a shorter one. `mse` is `rtn` with
 clip='mse'; `gptq` has clip='mse' too. A method that a scheme does not go with has no figure.
 
-| scheme | bits | {names} |
-| --- | ---: |{rule}
 '''
 FAMILIES = '''
 ## Methods and families
@@ -65,8 +59,6 @@ Each family of `tests/models/configs`, random weights, rounded on 32 random toke
 lines: how far the outputs moved, in parts of their root mean square. Every matrix of every layer
 was rounded, the experts' too, or the row says `fails`.
 
-| family | {names} |
-| --- |{rule}
 '''
 SCHEMES = ('w8a16', 'w8a8', 'w8a8-static', 'w4a16', 'w4a16-g32', 'w4a16-g32-asym', 'w4a8-g32',
            'w3a16-g32', 'w2a16-g32', 'nf4-g32', 'nf4-g32-dq', 'fp4-g32', 'fp8', 'mxfp4',
@@ -85,10 +77,7 @@ def main():
   data = os.environ.get('LEAN_JAX_DATA')
   if not data:
     raise SystemExit('LEAN_JAX_DATA names no folder of real data')
-  versions = ', '.join([time.strftime('%Y-%m-%d'), jax.default_backend().upper(),
-                        f'Python {platform.python_version()}', *(
-                            f'{p} {importlib.metadata.version(p)}' for p in ('jax', 'flax'))])
-  text = INTRODUCTION.format(versions=versions) + formats()
+  text = INTRODUCTION.format(versions=versions('jax', 'flax')) + formats()
   text += real(pathlib.Path(data))
   table, failed = families()
   pathlib.Path(ROOT, 'docs', 'quantization.md').write_text(text + table)
@@ -96,16 +85,16 @@ def main():
 
 
 def formats():
-  """The rows of the schemes."""
+  """The table of the schemes."""
   values = jax.random.normal(jax.random.key(0), (1024, 256))
-  out = ''
+  rows = []
   for name in KNOWN:
     if parse_spec(name).static:
       continue
     w = rtn(Dense(values, 'io', (None, None)), name)
     error = jnp.sqrt(jnp.mean((w.unbox() - values) ** 2) / jnp.mean(values ** 2))
-    out += f'| `{name}` | {8 * tree.nbytes(w) / values.size:.3f} | {float(error):.4f} |\n'
-  return out
+    rows.append((f'`{name}`', f'{8 * tree.nbytes(w) / values.size:.3f}', f'{float(error):.4f}'))
+  return markdown(('scheme', 'bits:', 'error:'), rows)
 
 
 def real(data):
@@ -116,7 +105,7 @@ def real(data):
   given = [pack(source, split, model.tokenizer, WINDOW, cache, max_tokens=most)
            for split, most in (('train', SAMPLES * WINDOW), ('test', 40_000))]
   perplexity = lambda m: lean.evaluate(m, given[1], window=WINDOW)['perplexity']
-  rows = ''
+  rows = []
   for scheme in SCHEMES:
     cells, bits = [], None
     for method, settings in METHODS.values():
@@ -129,17 +118,17 @@ def real(data):
       except InputError as error:
         print(scheme, method, error, sep=': ', flush=True)
         cells.append('')
-    rows += f'| `{scheme}` | {bits:.2f} | {" | ".join(cells)} |\n'
-    print(rows.splitlines()[-1], flush=True)
+    rows.append((f'`{scheme}`', f'{bits:.2f}', *cells))
+    print(*rows[-1], sep=' | ', flush=True)
     jax.clear_caches()
   return REAL.format(perplexity=perplexity(model), texts=f'{given[1].tokens:,} tokens',
-                     samples=SAMPLES, window=WINDOW, names=' | '.join(METHODS),
-                     rule=' ---: |' * len(METHODS)) + rows
+                     samples=SAMPLES, window=WINDOW) + markdown(
+                         ('scheme', 'bits:', *(f'{name}:' for name in METHODS)), rows)
 
 
 def families():
   """The table of families, and whether one fails."""
-  rows, failed = '', False
+  rows, failed = [], False
   for name in matrix.CONFIGS:
     cells = []
     for method, spec in CELLS.values():
@@ -149,10 +138,10 @@ def families():
         print(name, method, error, sep=': ', flush=True)
         cells.append('fails')
         failed = True
-    rows += f'| {name} | {" | ".join(cells)} |\n'
-    print(rows.splitlines()[-1], flush=True)
+    rows.append((name, *cells))
+    print(*rows[-1], sep=' | ', flush=True)
     jax.clear_caches()
-  return FAMILIES.format(names=' | '.join(CELLS), rule=' ---: |' * len(CELLS)) + rows, failed
+  return FAMILIES + markdown(('family', *(f'{name}:' for name in CELLS)), rows), failed
 
 
 def moved(name, method, spec):

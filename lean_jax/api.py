@@ -89,7 +89,8 @@ class Model:
     batch = {k: jnp.asarray(v, jnp.int32) for k, v in batch.items() if v is not None}
     if mask is not None:
       batch['mask'] = jnp.asarray(mask, bool)
-    return _logits(self.module, self.params, batch)
+    with meshes.of(self.params):
+      return _logits(self.module, self.params, batch)
 
   def embed(self, texts: Sequence[str], *, batch: int = 32,
             truncate: bool | None = None) -> np.ndarray:

@@ -72,7 +72,7 @@ def _parser():
   p = verb('quantize', _quantize, 'round the matrices of a model to few bits',
            'lean-jax quantize DIR OUT --scheme w4a16-g64 --method gptq --calibration stories.jsonl')
   shrink.add_arguments(p)
-  p = verb('tune', _tune, 'tiles of the TPU kernels, by the schedule of the compiler, with no TPU',
+  p = verb('tune', _tune, "tiles of a TPU's kernels, with no TPU; or the time of each form here",
            'lean-jax tune --device v5e --op int8_matmul --m 4096 --k 4096 --n 4096 --out v5e.json',
            folder=False)
   tune.add_arguments(p)

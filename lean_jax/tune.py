@@ -1,7 +1,8 @@
-"""Tiles of the TPU kernels by the compiler's own schedule: `lean-jax tune`, with no TPU.
+"""What is fastest of an op's ways: `lean-jax tune`.
 
-Every candidate is compiled by libtpu (extra `aot`) and its cycles are counted; see
-`kernels/platforms/schedule.py` for what they are and are not.
+Of a TPU, tiles by the compiler's own schedule, with no TPU: every candidate is compiled by libtpu
+(extra `aot`) and its cycles are counted; see `kernels/platforms/schedule.py` for what they are and
+are not. Of the machine itself, the op's forms by the clock: `lean_jax/timing.py`.
 """
 import json
 import pathlib
@@ -18,12 +19,12 @@ _VMEM = 40 * 2 ** 20                  # bytes of a candidate's tiles, of the 64 
 def add_arguments(parser):
   """The settings, as flags."""
   flag = parser.add_argument
-  flag('--device', required=True, metavar='D', help='v5e, v5p or v6e')
+  flag('--device', metavar='D', help='v5e, v5p or v6e: its tiles; without it, the forms that run '
+       'here are timed')
   flag('--op', default='int8_matmul', help='int8_matmul or weight_only_matmul (%(default)s)')
   flag('--bits', type=int, help='of a weight: 8, 4 or 2 (8 of int8_matmul, 4 of the other)')
   flag('--group', type=int, help='rows of the weight that share a scale (none; 128 of the other)')
-  flag('--m', type=int, nargs='+', default=[16, 512, 4096], help='rows of activations: tokens '
-       '(16 512 4096)')
+  flag('--m', type=int, nargs='+', help='rows of activations: tokens (16 512 4096; 1 32 512 here)')
   flag('--k', type=int, help='inputs of the weight, with --n; or --model')
   flag('--n', type=int, help='outputs of the weight')
   flag('--model', choices=MODELS, help="in their place: the shapes of a common model's layers")
@@ -37,6 +38,12 @@ def run(arguments, console):
   Raises:
     InputError: no libtpu, no such device or op, or shapes are missing.
   """
+  if arguments.device is None:
+    from lean_jax import timing
+    if arguments.out:
+      raise InputError('--out keeps the tiles of a --device; nothing reads times')
+    timing.run(shapes(arguments, [1, 32, 512]), arguments.json, console)
+    return
   from lean_jax.kernels.platforms import device, schedule, tuned
   requests = cases(arguments)
   rows = []
@@ -65,14 +72,20 @@ def run(arguments, console):
 
 
 def cases(a):
-  """The requests that the arguments ask for, without tiles."""
-  from lean_jax.kernels.platforms import calls, device, schedule
+  """The requests for a TPU that the arguments ask for, without tiles."""
+  from lean_jax.kernels.platforms import device, schedule
   try:
     kind = device.full_name(a.device)
   except ValueError as error:
     raise InputError(str(error)) from error
   if kind not in schedule.CLOCK:
     raise InputError(f'no cycles are known of {kind}; there are: v5e, v5p, v6e')
+  return [case | dict(device=a.device) for case in shapes(a, [16, 512, 4096])]
+
+
+def shapes(a, rows):
+  """The op and shapes that the arguments ask for; `rows` of activations if they name none."""
+  from lean_jax.kernels.platforms import calls
   if a.op not in calls.OPS:
     raise InputError(f'no op {a.op!r}; there are: {", ".join(calls.OPS)}')
   if (a.model is None) == (a.k is None or a.n is None):
@@ -83,12 +96,11 @@ def cases(a):
     raise InputError(f'--bits {bits}; expected 2, 4 or 8')
   if group is not None and group % 32:
     raise InputError(f'--group {group}; the kernels take multiples of 32')
-  shapes = MODELS[a.model] if a.model else ((a.k, a.n),)
-  small = [n for n in (*a.m, *sum(shapes, ())) if n < 1]
+  weights, rows = MODELS[a.model] if a.model else ((a.k, a.n),), a.m or rows
+  small = [n for n in (*rows, *sum(weights, ())) if n < 1]
   if small:
     raise InputError(f'a shape of {small[0]}; expected 1 or more')
-  return [dict(device=a.device, op=a.op, m=m, k=k, n=n, group=group, bits=bits)
-          for k, n in shapes for m in a.m]
+  return [dict(op=a.op, m=m, k=k, n=n, group=group, bits=bits) for k, n in weights for m in rows]
 
 
 def candidates(case):

@@ -1,8 +1,9 @@
-"""docs/models.md and docs/quantization.md are of the rows, families and schemes that there are."""
+"""The pages of docs/ that scripts write are of the rows, schemes and ops that there are."""
 import importlib.util
 import pathlib
 import re
 
+from lean_jax.kernels.native import library
 from lean_jax.models.families import FAMILIES
 from lean_jax.quantization.spec import KNOWN
 from tests.interop.rows import ROWS
@@ -25,13 +26,38 @@ def test_each_family_is_in_the_table_of_methods():
   assert set(FAMILIES) <= found
 
 
-def test_each_scheme_and_each_family_is_in_the_tables_of_quantization():
-  spec = importlib.util.spec_from_file_location('quantization_page', DOCS / 'quantization.py')
+def script(name):
+  """The module of a script that writes a page."""
+  spec = importlib.util.spec_from_file_location(f'{name}_page', DOCS / f'{name}.py')
   page = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(page)
+  return page
+
+
+def test_each_scheme_and_each_family_is_in_the_tables_of_quantization():
+  page = script('quantization')
   _, formats, methods, families = (DOCS / 'quantization.md').read_text().split('\n## ')
   rows = lambda text: set(re.findall(r'^\| `?([^ `]+)`? \|', text, re.MULTILINE))
   assert {name for name in KNOWN if 'static' not in name} <= rows(formats)
   assert set(page.SCHEMES) <= rows(methods)
   assert set(page.METHODS) <= set(re.findall(r'\w+', methods))
   assert set(CONFIGS) <= rows(families) and ' fails ' not in families.split('| family')[1]
+
+
+def test_what_is_said_to_run_of_each_op_is_what_runs():
+  page, text = script('kernels'), (DOCS / 'kernels.md').read_text()
+  ops = {p.parent.name for p in (DOCS.parent / 'kernels').glob('*/api.py')}
+  assert set(page.CASES) == ops
+  found = page.status()
+  lines = set(text.splitlines())
+  for op in ops:
+    assert page.proof(op), op
+    # of a CPU, if its kernels were built
+    assert {row for row in page.section(op, found).splitlines()
+            if not row.startswith('| CPU') or library.why_not() is None} <= lines, op
+  for name in page.PLATFORMS:
+    assert name in text
+  assert text.count('\n## Figures') == 1 + len(page.MEASURED) - sum(
+      not any(f'benchmarks/{s}' in f.read_text()
+              for f in (DOCS.parent / 'benchmarks' / 'results').glob('*.md'))
+      for s in page.MEASURED)

@@ -30,10 +30,16 @@ def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
     ValueError: shapes do not fit, or an implementation that is not there or does not run here.
   """
   matrix = _identity if matrix is None else matrix
-  shape = jax.eval_shape(lambda w: jax.vmap(matrix)(w), w).shape
+  made = jax.eval_shape(lambda w: jax.vmap(matrix)(w), w)
+  shape = made.shape
   if x.ndim != 2 or len(shape) != 3 or shape[1] != x.shape[1] or sizes.shape != shape[:1]:
     raise ValueError(f'x {x.shape}, w {tuple(shape)} and sizes {sizes.shape} do not fit; expected '
                      '[M I], [E I O] and [E]')
+  floats = jnp.issubdtype(x.dtype, jnp.floating)
+  if not (floats or x.dtype == made.dtype == jnp.int8) or not jnp.issubdtype(
+      sizes.dtype, jnp.integer):
+    raise ValueError(f'x {x.dtype}, w {made.dtype} and sizes {sizes.dtype}; expected x of floats, '
+                     'or both int8, and sizes of integers')
   return _product(implementation, matrix, x, w, sizes)
 
 

@@ -84,6 +84,12 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activa
   if scale.shape not in ((*batch, G, N), (*batch, G, 1)):
     raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
                      f'{(*batch, G, N)}')
+  for name, a in dict(x=x, scale=scale, x_scale=x_scale).items():
+    if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
+      raise ValueError(f'{name} is {a.dtype}; expected floats')
+  if x_scale is not None and x_scale.shape != tuple(batch):
+    raise ValueError(f'x_scale {x_scale.shape} does not fit x {x.shape}; expected {tuple(batch)}, '
+                     'one step a matrix')
   if activation not in (None, *ACTIVATIONS):
     raise ValueError(f'activation {activation!r}; expected one of {", ".join(ACTIVATIONS)}')
   if bias is not None:

@@ -5,6 +5,7 @@ Here a part is the operand of an op of its own: rows of the weight on different 
 sum over them, columns in parts of the result, and what is spread for memory alone (fsdp) is
 gathered just before the product, as the packed bytes that it is.
 """
+import math
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec
 from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.quantize_rows import reference as rows
 from lean_jax.kernels.weight_only_matmul import api as weight_only
+from lean_jax.quantization import layouts
 from lean_jax.quantization.packing import unit
 
 
@@ -28,108 +30,143 @@ class Axes(NamedTuple):
     N: columns of the weight, and of the result.
     fsdp: rows of the weight, besides; they are gathered before the product, and gradients of
       scales are scattered after it. It may also be one of M's.
+    fsdp_columns: the same of columns of the weight.
   """
   M: str | tuple | None = None
   K: str | tuple | None = None
   N: str | tuple | None = None
   fsdp: str | tuple | None = None
+  fsdp_columns: str | tuple | None = None
 
 
-def int8_matmul(x, values, scale, mesh, axes, *, group=None, x_scale=None, implementation=None):
+def int8_matmul(x, values, scale, mesh, axes, *, group=None, x_scale=None, layout='packed',
+                dtype=jnp.float32, implementation=None):
   """`int8_matmul` of x [M K] and values [K N], sharded as `axes` says.
 
-  Rows of x are rounded to the step of the whole row, the greatest of those of its parts, so that
-  the integers are those of the unsharded product; over devices, their float32 products with the
-  scales are added.
+  Where rows of x are in parts they are rounded to the step of the whole row, the greatest of those
+  of its parts, so that the integers are those of the unsharded product; over devices, their float32
+  products with the scales are added.
 
   Args:
-    x, values, scale, group, x_scale, implementation: as of `int8_matmul.api`; x_scale is of no
-      axes.
+    x, values, scale, group, x_scale, layout, dtype, implementation: as of `int8_matmul.api`;
+      x_scale is of no axes.
     mesh: a jax.sharding.Mesh.
     axes: Axes.
 
   Returns:
-    [M N], float32.
+    [M N], in dtype.
 
   Raises:
     ValueError: an axis does not divide by its devices, a group of rows is cut, or an axis of the
       mesh shards two axes.
   """
-  if values.ndim != 2:
-    raise ValueError(f'values {values.shape}; expected [K N]')
-  _check(x, values, scale, mesh, axes, group, 1, 1)
-  G = 1 if group is None else scale.shape[0]
+  if x.ndim != 2:
+    raise ValueError(f'x {x.shape}; expected [M K]')
+  bits = 4 if values.dtype == jnp.uint8 else 8
+  _check(x, values, scale, mesh, axes, group, bits, layout)
+  how, of = dict(group=group, layout=layout, implementation=implementation), scale.shape
 
   def local(x, values, scale, *step):
-    values, scale = _gathered(values, scale, axes, G > 1)
-    step = lax.stop_gradient(step[0]) if step else _agreed(x, axes.K)
+    values, scale = _all_values(values, axes, layout), _all_scales(scale, axes, of)
+    given = step[0] if step else None
+    if not axes.K:
+      return int8.int8_matmul(x, values, scale, x_scale=given, dtype=dtype, **how)
+    step = _agreed(x, axes.K) if given is None else lax.stop_gradient(given)
     # The op takes one step for all rows: they are put on their grids first, and it is 1.
     codes = _straight(x, jnp.broadcast_to(step, (len(x), 1)))
-    y = int8.int8_matmul(codes, values, scale, group=group, x_scale=jnp.ones(()),
-                         implementation=implementation)
-    return _summed(y, axes.K) * step
+    y = int8.int8_matmul(codes, values, scale, x_scale=jnp.ones(()), **how)
+    return (lax.psum(y, axes.K) * step).astype(dtype)
 
-  where = _places(axes, scale, G > 1)
   given = () if x_scale is None else (x_scale.reshape(()),)
-  return _mapped(local, mesh, (*where, *[PartitionSpec()] * len(given)),
-                 PartitionSpec(axes.M, axes.N))(x, values, scale, *given)
+  return _mapped(local, mesh, axes, layout, scale, [PartitionSpec()] * len(given))(
+      x, values, scale, *given)
 
 
-def weight_only_matmul(x, values, scale, zero, spec, mesh, axes, *, implementation=None):
+def weight_only_matmul(x, values, scale, zero, spec, mesh, axes, *, layout='packed',
+                       implementation=None):
   """`weight_only_matmul` of x [M K] and values [K*bits/8 N], sharded as `axes` says.
 
   Args:
-    x, values, scale, zero, spec, implementation: as of `weight_only_matmul.api`, but scale is an
-      array.
+    x, values, scale, zero, spec, layout, implementation: as of `weight_only_matmul.api`, but scale
+      is an array.
     mesh: a jax.sharding.Mesh.
     axes: Axes.
 
   Returns:
-    [M N], in x's dtype; sums over devices in float32.
+    [M N], in x's dtype; each device's product is in it too, their sum in float32.
 
   Raises:
     ValueError: as of `int8_matmul`; or scales are themselves in codes.
   """
-  if values.ndim != 2 or not hasattr(scale, 'dtype'):
-    raise ValueError(f'values {values.shape} with scales of {type(scale).__name__}; expected '
-                     '[K*bits/8 N] and an array')
-  each, size = unit(spec.bits)
-  _check(x, values, scale, mesh, axes, spec.group, each, size)
-  split = bool(spec.group) and scale.shape[0] > 1
+  if x.ndim != 2 or not hasattr(scale, 'dtype'):
+    raise ValueError(f'x {x.shape} and scales of {type(scale).__name__}; expected [M K] and an '
+                     'array')
+  _check(x, values, scale, mesh, axes, spec.group, spec.bits, layout)
+  of = scale.shape
 
   def local(x, values, scale, *zero):
-    values, scale = _gathered(values, scale, axes, split)
-    zero = _all(zero[0], axes.fsdp if split else None) if zero else None
-    wide = x.astype(jnp.float32) if axes.K else x
-    y = weight_only.weight_only_matmul(wide, values, scale, zero, spec,
+    values, scale = _all_values(values, axes, layout), _all_scales(scale, axes, of)
+    zero = _all_scales(zero[0], axes, of) if zero else None
+    y = weight_only.weight_only_matmul(x, values, scale, zero, spec, layout=layout,
                                        implementation=implementation)
-    return _summed(y, axes.K).astype(x.dtype)
+    return lax.psum(y.astype(jnp.float32), axes.K).astype(x.dtype) if axes.K else y
 
-  where = _places(axes, scale, split)
   given = () if zero is None else (zero,)
-  return _mapped(local, mesh, (*where, *where[2:] * len(given)),
-                 PartitionSpec(axes.M, axes.N))(x, values, scale, *given)
+  return _mapped(local, mesh, axes, layout, scale, [_of_scale(axes, scale)] * len(given))(
+      x, values, scale, *given)
 
 
-def _mapped(local, mesh, where, out):
-  return jax.shard_map(local, mesh=mesh, in_specs=where, out_specs=out, check_vma=False)
+def units(group, bits, layout):
+  """(rows, columns) of a weight that are not cut: those that share bytes, scales or a piece."""
+  each = dict(int4=1, panels=32 // bits).get(layout) or unit(bits)[0]
+  return math.lcm(group or 1, each), layouts.PANEL if layout == 'panels' else 1
 
 
-def _places(axes, scale, split):
-  """PartitionSpecs of x, values and scale."""
-  rows = (*_names(axes.K), *_names(axes.fsdp)) or None
-  columns = axes.N if scale.shape[-1] > 1 else None
-  return (PartitionSpec(axes.M, axes.K), PartitionSpec(rows, axes.N),
-          PartitionSpec(rows if split else None, columns))
+def divides(length, ways, of):
+  """Whether a length falls into as many parts of whole units."""
+  return ways == 1 or length % (ways * of) == 0
 
 
-def _gathered(values, scale, axes, split):
-  return _all(values, axes.fsdp), _all(scale, axes.fsdp if split else None)
+def _mapped(local, mesh, axes, layout, scale, more):
+  values = PartitionSpec(*_turned((_rows(axes), _columns(axes)), layout))
+  where = (PartitionSpec(axes.M, axes.K), values, _of_scale(axes, scale), *more)
+  return jax.shard_map(local, mesh=mesh, in_specs=where, out_specs=PartitionSpec(axes.M, axes.N),
+                       check_vma=False)
 
 
-def _all(a, axis):
-  """The rows that the devices along an axis hold, in order."""
-  return lax.all_gather(a, axis, axis=0, tiled=True) if axis else a
+def _rows(axes):
+  return (*_names(axes.K), *_names(axes.fsdp)) or None
+
+
+def _columns(axes):
+  return (*_names(axes.N), *_names(axes.fsdp_columns)) or None
+
+
+def _of_scale(axes, scale):
+  """The PartitionSpec of scales [G N]; one for all rows, or for all columns, is on all devices."""
+  G, N = scale.shape
+  return PartitionSpec(_rows(axes) if G > 1 else None, _columns(axes) if N > 1 else None)
+
+
+def _turned(pair, layout):
+  return pair[::-1] if layout in ('columns', 'panels') else pair
+
+
+def _all_values(values, axes, layout):
+  """A device's own values with those that are spread for memory alone."""
+  rows, columns = _turned((0, 1), layout)
+  return _all(_all(values, axes.fsdp, rows), axes.fsdp_columns, columns)
+
+
+def _all_scales(scale, axes, shape):
+  """The same of scales; `shape` is that of all devices'."""
+  scale = _all(scale, axes.fsdp, 0) if shape[0] > 1 else scale
+  return _all(scale, axes.fsdp_columns, 1) if shape[1] > 1 else scale
+
+
+def _all(a, axis, dimension):
+  """What the devices along an axis hold, in order."""
+  return lax.all_gather(a, axis, axis=dimension, tiled=True) if axis else a
 
 
 @jax.custom_vjp
@@ -146,23 +183,17 @@ _straight.defvjp(lambda x, step: (_straight(x, step), (x, step)),
 def _agreed(x, axis):
   """The steps [M 1] of rows of which each device along an axis holds a part."""
   top = rows.greatest(lax.stop_gradient(x).astype(jnp.float32))
-  if axis:
-    bits = lax.pmax(lax.bitcast_convert_type(top, jnp.int32), axis)       # keeps a NaN
-    top = lax.bitcast_convert_type(bits, jnp.float32)
-  return rows.step_of(top)
-
-
-def _summed(y, axis):
-  return lax.psum(y, axis) if axis else y
+  bits = lax.pmax(lax.bitcast_convert_type(top, jnp.int32), axis)         # keeps a NaN
+  return rows.step_of(lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def _names(axis):
   return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
-def _check(x, values, scale, mesh, axes, group, each, size):
-  """Raises ValueError where parts would not be operands; `each` codes are `size` rows of values."""
-  within = [n for a in (axes.K, axes.N, axes.fsdp) for n in _names(a)]
+def _check(x, values, scale, mesh, axes, group, bits, layout):
+  """Raises ValueError where parts would not be operands."""
+  within = [n for a in (axes.K, axes.N, axes.fsdp, axes.fsdp_columns) for n in _names(a)]
   apart = [n for a in (axes.M, axes.K, axes.N) for n in _names(a)]
   for names in (within, apart):
     twice = next((n for n in names if names.count(n) > 1), None)
@@ -171,24 +202,14 @@ def _check(x, values, scale, mesh, axes, group, each, size):
   unknown = [n for n in within + apart if n not in mesh.shape]
   if unknown:
     raise ValueError(f'no mesh axis {unknown[0]!r}; there are: {", ".join(mesh.shape)}')
-  count = lambda *parts: _devices(mesh, [n for a in parts for n in _names(a)])
-  (M, K), N = x.shape, values.shape[1]
-  for name, length, ways in (('M', M, count(axes.M)), ('K', K, count(axes.K)),
-                             ('N', N, count(axes.N))):
-    if length % ways:
+  (M, K), N = x.shape, layouts.columns_of(values.shape, layout)
+  of_rows, of_columns = units(group if scale.shape[0] > 1 else None, bits, layout)
+  count = lambda *parts: math.prod(mesh.shape[n] for a in parts for n in _names(a))
+  for name, length, ways, of in (('M', M, count(axes.M), 1), ('K', K, count(axes.K), 1),
+                                 ('N', N, count(axes.N, axes.fsdp_columns), of_columns)):
+    if not divides(length, ways, of):
       raise ValueError(f'{name} = {length} does not divide over {ways} devices; shard another axis')
   ways = count(axes.K, axes.fsdp)
-  unit_rows = max(group or 1, each)
-  if group and scale.shape[0] > 1 and (K % ways or K // ways % group):
-    raise ValueError(f'{K} rows over {ways} devices cut groups of {group}; expected a multiple of '
-                     f'{group * ways} rows')
-  if ways > 1 and (K % (ways * each) or values.shape[0] != K // each * size):
-    raise ValueError(f'{K} rows over {ways} devices cut what is packed; expected a multiple of '
-                     f'{ways * unit_rows} rows')
-
-
-def _devices(mesh, names):
-  count = 1
-  for n in names:
-    count *= mesh.shape[n]
-  return count
+  if not divides(K, ways, of_rows):
+    raise ValueError(f'{K} rows over {ways} devices cut groups of {of_rows}; expected a multiple '
+                     f'of {of_rows * ways} rows')

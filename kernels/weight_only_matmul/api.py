@@ -37,6 +37,8 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
       does not run here.
   """
   layouts.check(layout, spec)
+  if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f'x is {x.dtype} {x.shape}; expected floats [*E M K]')
   *batch, _, K = x.shape
   N = layouts.columns_of(values.shape, layout)
   expected = layouts.shape(batch, K, N, spec, layout)
@@ -46,12 +48,15 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
     raise ValueError(f'values {values.shape} do not fit x {x.shape}; {spec} packs {K} rows of the '
                      f'axis that is summed over into {rows}: expected '
                      f'{(*batch, *letters.format(rows).split())} of layout {layout!r}')
-  if layout == 'int4' and values.dtype != layouts.element(spec):
-    raise ValueError(f'values are {values.dtype}; expected {layouts.element(spec)}, as layout '
-                     f"'int4' has {spec}")
+  stored = [layouts.element(spec)] if layout == 'int4' else [jnp.dtype('uint8')] + (
+      [jnp.dtype('int8')] if spec.bits == 8 else [])
+  if values.dtype not in stored:
+    raise ValueError(f'values are {values.dtype}; expected {" or ".join(map(str, stored))}, as '
+                     f'layout {layout!r} has {spec}')
   G = -(-K // spec.group) if spec.group else 1
   fits = [(*batch, 1, 1)] if spec.tensor else [(*batch, G, N), (*batch, G, 1)]
-  if tuple(scale.shape) not in fits or (zero is not None and zero.shape != scale.shape):
+  if tuple(scale.shape) not in fits or (
+      not spec.symmetric if zero is None else zero.shape != scale.shape):
     raise ValueError(f'scale {tuple(scale.shape)} does not fit values {values.shape} of {spec}; '
                      f'expected {fits[0]}, and zero the same')
   return _product(implementation, spec, layout, x, values, scale, zero)

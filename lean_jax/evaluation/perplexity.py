@@ -9,6 +9,7 @@ import numpy as np
 from lean_jax.data.batches import sequential
 from lean_jax.errors import InputError
 from lean_jax.models.stack import empty_cache
+from lean_jax.training import mesh as meshes
 
 
 def perplexity(module, params, windows, *, batch=16, progress=None):
@@ -33,7 +34,8 @@ def perplexity(module, params, windows, *, batch=16, progress=None):
   total, done, waiting = 0., 0, None
   for given in sequential(windows, min(batch, len(windows))):
     rows = int(given['mask'][:, 0].sum())
-    losses = nll(module, params, given['tokens'])
+    with meshes.of(params):
+      losses = nll(module, params, given['tokens'])
     if waiting is not None:
       total += summed(*waiting)             # of the batch before, while the device does this one
     waiting = losses, rows

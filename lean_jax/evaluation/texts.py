@@ -8,6 +8,7 @@ from tokenizers.normalizers import Lowercase
 from lean_jax.data.padded import padded
 from lean_jax.errors import InputError
 from lean_jax.nn.pooling import Pooling, pooled, unit
+from lean_jax.training import mesh as meshes
 
 _lower = Lowercase()
 
@@ -116,7 +117,8 @@ def run(function, params, rows, batch, config, width):
     raise InputError(f'batch {batch}; give 1 or more')
   out = np.empty((len(rows), width), np.float32)
   for of, given in padded(rows, batch, reads(config).context):
-    out[of] = np.asarray(function(params, given))[:len(of)]
+    with meshes.of(params):
+      out[of] = np.asarray(function(params, given))[:len(of)]
   return out
 
 

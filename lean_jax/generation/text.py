@@ -12,6 +12,7 @@ from lean_jax.generation.continuation import check_copies
 from lean_jax.generation.pieces import Pieces
 from lean_jax.generation.sampling import checked
 from lean_jax.generation.writer import Writer
+from lean_jax.training import mesh as meshes
 
 _CHUNK = 16                   # tokens between two looks for a stop string
 
@@ -118,19 +119,20 @@ def write(model, prompt, *, tokens: int = 64, temperature: float = 0., top_k: in
     ids = [truncated(model, p, tokens) for p in ids]
   ends = model.tokenizer.ends
   pieces = [Pieces(model.tokenizer, [] if reads(model) else p, stop) for p in ids for _ in range(n)]
-  if beams != 1:
-    counts, held = search(
-        model, ids, pieces, n, tokens=tokens, ends=ends, beams=beams, cache=cache,
-        length_penalty=length_penalty, early_stopping=early_stopping,
-        repetition_penalty=repetition_penalty)
-    drafts = (0, 0)
-  else:
-    writer = Writer(
-        model.module, model.params, ids, tokens=tokens, ends=ends, sampling=sampling,
-        key=jax.random.key(seed), copies=n, ahead=ahead, cache=cache,
-        draft=None if draft is None else (draft.module, draft.params))
-    counts = follow(writer, pieces, ends, stream, bool(stop))
-    drafts, held = writer.drafts, writer.cache_bytes
+  with meshes.of(model.params):
+    if beams != 1:
+      counts, held = search(
+          model, ids, pieces, n, tokens=tokens, ends=ends, beams=beams, cache=cache,
+          length_penalty=length_penalty, early_stopping=early_stopping,
+          repetition_penalty=repetition_penalty)
+      drafts = (0, 0)
+    else:
+      writer = Writer(
+          model.module, model.params, ids, tokens=tokens, ends=ends, sampling=sampling,
+          key=jax.random.key(seed), copies=n, ahead=ahead, cache=cache,
+          draft=None if draft is None else (draft.module, draft.params))
+      counts = follow(writer, pieces, ends, stream, bool(stop))
+      drafts, held = writer.drafts, writer.cache_bytes
   by_prompt = lambda rows: [rows[k:k + n] for k in range(0, len(rows), n)]
   texts = by_prompt([piece.text for piece in pieces])
   answers, picked = chosen(texts, vote, scorer)

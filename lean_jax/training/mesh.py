@@ -41,6 +41,14 @@ def on(mesh: Mesh):
     yield
 
 
+@contextlib.contextmanager
+def of(params):
+  """Inside, `on` the mesh of several devices that arrays of a tree are on, if they are on one."""
+  mesh = _mesh_of(params)
+  with contextlib.nullcontext() if mesh is None or mesh.size == 1 else on(mesh):
+    yield
+
+
 def shardings(params, mesh):
   """For each array of a tree of weights its NamedSharding; other arrays are replicated."""
   def one(w):
@@ -56,11 +64,8 @@ def placed(params, like):
   """A tree of weights made of another, each array where its weight's names put it on the mesh of
   that one's arrays; as it is where they are on no mesh.
   """
-  mesh = next((x.sharding.mesh for x in jax.tree.leaves(like)
-               if isinstance(getattr(x, 'sharding', None), NamedSharding)), None)
-  if mesh is None or not set(AXES) <= set(mesh.axis_names):
-    return params
-  return jax.device_put(params, shardings(params, mesh))
+  mesh = _mesh_of(like)
+  return params if mesh is None else jax.device_put(params, shardings(params, mesh))
 
 
 def of_optimizer(opt, params, where, mesh):
@@ -98,6 +103,13 @@ def put_batch(batch, mesh):
       raise InputError(f'a batch of {x.shape[0] * jax.process_count()} rows ({key}) does not '
                        f'divide over data x fsdp = {ways} devices; change the batch or the mesh')
   return {k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()}
+
+
+def _mesh_of(params):
+  """The mesh of `make_mesh` that arrays of a tree are on, or None."""
+  mesh = next((x.sharding.mesh for x in jax.tree.leaves(params)
+               if isinstance(getattr(x, 'sharding', None), NamedSharding)), None)
+  return None if mesh is None or not set(AXES) <= set(mesh.axis_names) else mesh
 
 
 def _sharding(names, shape, mesh):

@@ -11,12 +11,10 @@ import jax.numpy as jnp
 
 from lean_jax.errors import InputError
 from lean_jax.kernels.grouped_matmul import api as grouped_matmul
-from lean_jax.kernels.int8_matmul import api as int8_matmul
 from lean_jax.kernels.native import library
-from lean_jax.kernels.weight_only_matmul import api as weight_only_matmul
-from lean_jax.quantization import codes as grid
 from lean_jax.quantization import formats, layouts
-from lean_jax.weights.base import Weight, as_matmul, from_matrix, matrix_names, pytree, static
+from lean_jax.weights.base import Weight, from_matrix, matrix_names, pytree, static
+from lean_jax.weights.product import product
 from lean_jax.weights.quantized import Quantized
 
 PLATFORMS = dict(cpu='panels', tpu='int4', gpu='columns')
@@ -63,25 +61,7 @@ class Prepared(Weight):
     return from_matrix(self.matrix(jnp.dtype(self.rest.dtype)), self.dims, self.rest.sizes)
 
   def einsum(self, eqn, x):
-    w = self.rest
-    x2, restore = as_matmul(eqn, x, w.dims, w.sizes)
-    if w.order is not None:
-      x2 = jnp.take_along_axis(x2, w.order[..., None, :], axis=-1)
-    if w.spec.activation_bits == 8:
-      values, layout = self._integers()
-      y = int8_matmul.int8_matmul(x2, values, w.scale, group=w.spec.group, x_scale=w.input_scale,
-                                  layout=layout, dtype=x.dtype)
-    else:
-      y = weight_only_matmul.weight_only_matmul(x2, self.values, w.scale, w.zero, w.spec,
-                                                layout=self.layout)
-    return restore(y.astype(x.dtype))
-
-  def _integers(self):
-    """(values, layout) as `int8_matmul` takes them, whose columns are a byte a code."""
-    if self.layout in ('columns', 'panels') and self.rest.spec.bits != 8 and not (
-        self.layout == 'panels' and self.rest.spec.bits == 4 and self.rest.spec.code == 'int'):
-      return grid.integers(self.codes(), self.rest.spec), 'packed'
-    return self.values, self.layout
+    return product(eqn, x, self.rest, self.values, self.layout)
 
   def grouped(self, x, sizes):
     w = self.rest

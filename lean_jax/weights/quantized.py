@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from lean_jax.kernels.grouped_matmul import api as grouped_matmul
 from lean_jax.kernels.int8_matmul import api as int8_matmul
-from lean_jax.kernels.weight_only_matmul import api as weight_only_matmul
 from lean_jax.quantization import codes as grid
 from lean_jax.quantization import formats
 from lean_jax.quantization.nested import Nested
@@ -15,7 +14,6 @@ from lean_jax.quantization.packing import pack, unpack
 from lean_jax.quantization.spec import QuantSpec
 from lean_jax.weights.base import (
   Weight,
-  as_matmul,
   from_matrix,
   matrix_names,
   positions,
@@ -24,6 +22,7 @@ from lean_jax.weights.base import (
   to_matrix,
   unstacked,
 )
+from lean_jax.weights.product import product
 
 
 @pytree
@@ -80,17 +79,7 @@ class Quantized(Weight):
     return from_matrix(self.matrix(jnp.dtype(self.dtype)), self.dims, self.sizes)
 
   def einsum(self, eqn, x):
-    x2, restore = as_matmul(eqn, x, self.dims, self.sizes)
-    if self.order is not None:
-      x2 = jnp.take_along_axis(x2, self.order[..., None, :], axis=-1)
-    if self.spec.activation_bits == 8:
-      packed = self.spec.bits == 4                       # which the product takes as they are
-      values = self.values if packed else grid.integers(self.codes(), self.spec)
-      y = int8_matmul.int8_matmul(x2, values, self.scale, group=self.spec.group,
-                                  x_scale=self.input_scale, dtype=x.dtype)
-    else:
-      y = weight_only_matmul.weight_only_matmul(x2, self.values, self.scale, self.zero, self.spec)
-    return restore(y.astype(x.dtype))
+    return product(eqn, x, self, self.values, 'packed')
 
   def grouped(self, x, sizes):
     if self.order is not None:

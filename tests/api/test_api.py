@@ -10,7 +10,7 @@ import pytest
 import lean_jax as lean
 from lean_jax import tree
 from lean_jax.interop import shards
-from lean_jax.training.mesh import make_mesh, shardings
+from lean_jax.training.mesh import make_mesh, of, shardings
 from lean_jax.weights import LowRank
 
 TEXT = 'the quick brown fox jumps over the lazy dog\n' * 400
@@ -88,6 +88,17 @@ def test_each_device_is_given_its_part(tiny_model, tmp_path, format):
   tokens = np.arange(12).reshape(2, 6)
   # Sums over devices: float32.
   np.testing.assert_allclose(found.logits(tokens), model.logits(tokens), atol=1e-5)
+  assert found.generate('the quick', tokens=4) == model.generate('the quick', tokens=4)
+
+
+def test_a_model_on_a_mesh_is_computed_on_that_mesh(tiny_model):
+  mesh = make_mesh(fsdp=2, tensor=2)
+  params = jax.device_put(tiny_model.params, shardings(tiny_model.params, mesh))
+  assert jax.sharding.get_abstract_mesh().empty
+  with of(params):
+    assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+  with of(tiny_model.params):
+    assert jax.sharding.get_abstract_mesh().empty
 
 
 def test_a_model_is_loaded_by_its_id_from_the_cache_of_the_hub(tiny_model, tmp_path, monkeypatch):

@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from lean_jax import tune
+from lean_jax import timing, tune
 from lean_jax.cli import main
+from lean_jax.kernels.native import library
 from lean_jax.kernels.platforms import device, tuned
 
 CASE = dict(device='v5e', op='weight_only_matmul', m=16, k=4096, n=4096, group=128, bits=4)
@@ -16,11 +17,24 @@ CASE = dict(device='v5e', op='weight_only_matmul', m=16, k=4096, n=4096, group=1
     (['--device', 'v5e', '--k', '8'], '--model'),
     (['--device', 'v5e', '--model', '8B', '--op', 'softmax'], 'no op'),
     (['--device', 'v5e', '--model', '8B', '--bits', '3'], '2, 4 or 8'),
-    (['--device', 'v5e', '--model', '8B', '--group', '48'], 'multiples of 32')])
+    (['--device', 'v5e', '--model', '8B', '--group', '48'], 'multiples of 32'),
+    (['--k', '64', '--n', '64', '--out', 'here.json'], 'nothing reads times')])
 def test_what_cannot_be_tuned_is_said_in_one_line(flags, says, capsys):
   assert main(['tune', *flags]) == 2
   error = capsys.readouterr().err
   assert says in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('op', ['int8_matmul', 'weight_only_matmul'])
+def test_without_a_device_the_forms_that_run_here_are_timed(op, capsys, monkeypatch):
+  monkeypatch.setattr(timing, 'BEYOND', 1)
+  assert main(['tune', '--op', op, '--k', '128', '--n', '64', '--m', '2', '3', '--json']) == 0
+  rows = json.loads(capsys.readouterr().out)
+  assert [r['m'] for r in rows] == [2, 3]
+  for r in rows:
+    assert set(r['ms']) == {'xla'} | ({'native'} if library.why_not() is None else set())
+    assert set(r['ms']) | set(r['not']) == set(timing.FORMS) and 'tpu' in r['not']['pallas']
+    assert r['fastest'] in r['ms'] and r['runs'] == ('native' if 'native' in r['ms'] else 'xla')
 
 
 def test_the_tile_with_the_least_time_wins_and_memory_counts():

@@ -9,13 +9,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lean_jax.kernels.int8_matmul import api as int8
+from lean_jax.kernels.native import library
 from lean_jax.kernels.platforms import sharded
 from lean_jax.kernels.platforms.sharded import Axes
 from lean_jax.kernels.weight_only_matmul import api as weight_only
 from lean_jax.quantization import formats
 from lean_jax.quantization.packing import pack
+from lean_jax.quantization.rtn import rtn
 from lean_jax.quantization.spec import parse_spec
-from lean_jax.training.mesh import make_mesh
+from lean_jax.training.mesh import make_mesh, on, shardings
+from lean_jax.weights import Dense
+from lean_jax.weights.prepared import Prepared
 
 AXES = {'column': Axes(M='data', N='tensor'), 'row': Axes(M='data', K='tensor'),
         'fsdp': Axes(M=('data', 'fsdp'), fsdp='fsdp'),
@@ -131,3 +135,68 @@ def test_scales_in_codes_are_refused():
   x, values, scale, zero, spec = weights('nf4-g16-dq')
   with pytest.raises(ValueError, match='scales of Nested; expected'):
     sharded.weight_only_matmul(x, values, scale, zero, spec, mesh(), AXES['row'])
+
+
+def weight(scheme, axes, layout='packed'):
+  shape = 64, 128 if layout == 'panels' else 16
+  w = rtn(Dense(jax.random.normal(jax.random.key(0), shape), 'io', axes), scheme)
+  return w if layout == 'packed' else Prepared.of(w, layout)
+
+
+def product(w, x):
+  """Gradients of x and of the scales, and the value, jitted under the mesh where there is one."""
+  scales = lambda a: jnp.issubdtype(a.dtype, jnp.floating) and a.ndim == 2      # none of scales'
+  floats, other = (jax.tree.map(lambda a, keep=keep: a if scales(a) == keep else None, w)
+                   for keep in (True, False))
+  join = lambda f: jax.tree.map(lambda a, b: b if a is None else a, f, other,
+                                is_leaf=lambda a: a is None)
+
+  def loss(x, floats):
+    y = join(floats).einsum('btd,df->btf', x)
+    return jnp.sum(jnp.sin(y)), y
+  return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, floats)
+
+
+@pytest.mark.parametrize(('scheme', 'layout'), [
+    ('w4a16-g16', 'packed'), ('w4a16-g8-asym', 'int4'), ('nf4-g16-dq', 'columns'),
+    ('w3a16-g8', 'packed'), ('w8a8', 'packed'), ('w4a8-g16', 'int4'), ('w8a8', 'columns'),
+    ('w4a16-g16', 'panels'), ('w4a8-g16', 'panels')])
+@pytest.mark.parametrize('axes', [('embed', 'mlp'), ('mlp', 'embed')], ids='-'.join)
+@pytest.mark.parametrize('rows', [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_weight_multiplies_on_a_mesh_as_on_one_device(scheme, layout, axes, rows):
+  w = weight(scheme, axes, layout)
+  x = jax.random.normal(jax.random.key(1), (rows, 3, 64))
+  want = product(w, x)
+  with on(mesh()):
+    got = product(jax.device_put(w, shardings(w, mesh())), x)
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    # sums of at most 64 terms in another order; gradients of bfloat16 scales round each part's sum
+    near = 2. ** -7 if a.dtype == jnp.bfloat16 else 1e-5
+    a, b = (np.asarray(v, np.float32) for v in (a, b))
+    np.testing.assert_allclose(a, b, rtol=near, atol=near * float(np.abs(b).max()))
+
+
+@pytest.mark.parametrize('scheme', ['w4a16-g16', 'w4a8-g16'])
+@pytest.mark.parametrize('axes', [('embed', 'mlp'), ('mlp', 'embed')], ids='-'.join)
+def test_a_weight_on_a_mesh_moves_its_bytes_and_is_multiplied_by_the_kernel(scheme, axes):
+  w = weight(scheme, axes)
+  x = jnp.ones((4, 3, 64))
+  with on(mesh()):
+    run = jax.jit(lambda w, x: w.einsum('btd,df->btf', x))
+    text = run.lower(jax.device_put(w, shardings(w, mesh())), x).compile().as_text()
+  moved = gathered(text)
+  # 64 rows are 32 of bytes, 16 columns; half of them are another device's of the axis 'tensor'
+  assert ('u8', '32,8' if axes[0] == 'embed' else '16,16') in moved
+  assert all(kind == 'u8' or shape.split(',')[0] in '24' for kind, shape in moved), moved  # scales
+  assert library.why_not() or 'lean_' in text
+
+
+@pytest.mark.parametrize('how', ['no rules', 'experts'])
+def test_what_no_rule_places_is_left_to_the_compiler(how):
+  w = weight('w4a16-g16', ('embed', 'mlp'))
+  x, eqn = jnp.ones((4, 64)), 'bd,df->bf'
+  if how == 'experts':
+    w = rtn(Dense(jnp.ones((2, 64, 16)), 'eio', ('experts', 'embed', 'mlp')), 'w4a16-g16')
+    x, eqn = jnp.ones((2, 4, 64)), 'ebd,edf->ebf'
+  with jax.set_mesh(mesh()) if how == 'no rules' else on(mesh()):
+    assert 'shard_map' not in str(jax.make_jaxpr(lambda w, x: w.einsum(eqn, x))(w, x))
