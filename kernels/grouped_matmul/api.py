@@ -1,4 +1,8 @@
-"""grouped_matmul: rows sorted by group, each times its group's matrix (a mixture's experts)."""
+"""grouped_matmul: rows sorted by group, each times its group's matrix (a mixture's experts).
+
+`grouped_weight_only` is the same with matrices in codes. Of floats, `jax.lax.ragged_dot` is what
+runs on a TPU; of codes it would write all matrices out first, and a kernel reads them as they are.
+"""
 import functools
 
 import jax
@@ -7,7 +11,10 @@ from jax import lax
 
 from lean_jax.kernels.grouped_matmul import cpu, reference
 from lean_jax.kernels.platforms.choice import Form, chosen
+from lean_jax.kernels.weight_only_matmul import api as weight_only
+from lean_jax.kernels.weight_only_matmul.reference import matrix as dequantized
 
+DEEPEST = 16384               # rows of a matrix, of which a tile of the TPU kernel has all
 IMPLEMENTATIONS = ('blocks', 'ragged', 'reference')
 
 
@@ -34,27 +41,71 @@ def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
   if x.ndim != 2 or len(shape) != 3 or shape[1] != x.shape[1] or sizes.shape != shape[:1]:
     raise ValueError(f'x {x.shape}, w {tuple(shape)} and sizes {sizes.shape} do not fit; expected '
                      '[M I], [E I O] and [E]')
-  return _product(implementation, matrix, x, w, sizes)
+  return _product(implementation, matrix, (), x, w, sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(implementation, matrix, x, w, sizes):
+def grouped_weight_only(x, values, scale, zero, spec, sizes, *, layout='packed',
+                        implementation=None):
+  """`grouped_matmul` with matrices in codes: `weight_only_matmul` of each group's rows.
+
+  Gradients reach x, and scale where it is an array of floats.
+
+  Args:
+    x, sizes: as of `grouped_matmul`, x in floats.
+    values, scale, zero, spec, layout: as of `weight_only_matmul`, with the groups as first axis.
+    implementation: None is the fastest that the platform has for these operands; 'pallas' is a
+      kernel on TPUs; or one of `IMPLEMENTATIONS`.
+
+  Returns:
+    [M N], in x's dtype; sums in float32.
+
+  Raises:
+    ValueError: as of both.
+  """
+  if x.ndim != 2 or sizes.ndim != 1:
+    raise ValueError(f'x {x.shape} and sizes {sizes.shape}; expected [M K] and [E]')
+  K = x.shape[1]
+  weight_only.check(sizes.shape, K, values, scale, zero, spec, layout)
+  matrix = lambda w: dequantized(*w, spec, K, x.dtype, layout)
+  kernel = Form(functools.partial(_pallas, spec), 'pallas', ('tpu',),
+                _why_no_kernel(spec, layout, x, values, scale), local=True)
+  return _product(implementation, matrix, (kernel,), x, (values, scale, zero), sizes)
+
+
+def _why_no_kernel(spec, layout, x, values, scale):
+  """None, or why the TPU kernel does not take these operands."""
+  why = weight_only.why_no_kernel(spec, layout, x, values, scale, whole=True)
+  if why is None and x.shape[1] > DEEPEST:
+    why = f'takes matrices of up to {DEEPEST} rows, and these have {x.shape[1]}'
+  return why
+
+
+def _pallas(spec, x, w, sizes):
+  from lean_jax.kernels.grouped_matmul import tpu  # Pallas, where a TPU runs it
+  return tpu.grouped_weight_only(x, *w, spec, sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(implementation, matrix, kernels, x, w, sizes):
   forms = [
       Form(lambda x, w, sizes: cpu.grouped_matmul(x, w, sizes, matrix), 'blocks', ('cpu',)),
+      *kernels,
       Form(lambda x, w, sizes: _ragged(x, jax.vmap(matrix)(w), sizes), 'ragged'),
       Form(lambda x, w, sizes: reference.grouped_matmul(
           x, jax.vmap(matrix)(w).astype(x.dtype), sizes), 'reference')]
   return chosen('grouped_matmul', forms, implementation)(x, w, sizes)
 
 
-def _forward(implementation, matrix, x, w, sizes):
-  return _product(implementation, matrix, x, w, sizes), (x, w, sizes)
+def _forward(implementation, matrix, kernels, x, w, sizes):
+  return _product(implementation, matrix, kernels, x, w, sizes), (x, w, sizes)
 
 
-def _backward(implementation, matrix, saved, dy):
+def _backward(implementation, matrix, kernels, saved, dy):
   x, w, sizes = saved
+  if implementation in [k.name for k in kernels]:
+    implementation = None
   transposed = lambda part: matrix(part).T
-  dx = _product(implementation, transposed, dy, w, sizes).astype(x.dtype)
+  dx = _product(implementation, transposed, (), dy, w, sizes).astype(x.dtype)
   leaves, tree = jax.tree.flatten(w)
   floats = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
 

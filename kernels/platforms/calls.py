@@ -1,4 +1,8 @@
-"""Calls of the ops that have a TPU kernel, by the numbers of a request: to tune, and for tables."""
+"""Calls of the ops that have a TPU kernel, by the numbers of a request: to tune, and for tables.
+
+A request with 'experts' is of grouped_matmul, the rows spread evenly; its op says what a row and a
+matrix are multiplied as, and it has no 'blocks'.
+"""
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,6 +49,8 @@ def call(request):
   if bits not in (2, 4, 8):
     raise ValueError(f'weights of {bits} bits; expected 2, 4 or 8')
   stored = jnp.dtype(f'int{bits}')
+  if request.get('experts'):
+    return _grouped(request)
   scale_dtype = jnp.float32 if op == 'int8_matmul' else jnp.bfloat16
   scale = jax.ShapeDtypeStruct((-(-K // group) if group else 1, N), scale_dtype)
   shapes = [jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((K, N), stored), scale]
@@ -53,6 +59,36 @@ def call(request):
   moved = (K * N * bits // 8 + scale.size * scale.dtype.itemsize
            + M * K * (1 if op == 'int8_matmul' else 2) + 2 * M * N)
   return Call(op, run, shapes, steps, 2 * M * K * N, moved, op == 'int8_matmul')
+
+
+def _grouped(request):
+  """The Call of a request with experts."""
+  from lean_jax.kernels.grouped_matmul import api, tpu
+  from lean_jax.kernels.int8_matmul import api as int8
+  from lean_jax.quantization.spec import QuantSpec
+  op, M, K, N, group, E = (request[k] for k in ('op', 'm', 'k', 'n', 'group', 'experts'))
+  stored = jnp.dtype(f'int{request["bits"]}')
+  of = jax.ShapeDtypeStruct
+  shapes = [of((M, K), jnp.bfloat16), of((E, K, N), stored),
+            of((E, -(-K // group) if group else 1, N), jnp.bfloat16), of((E,), jnp.int32)]
+  spec = QuantSpec(request['bits'], group)
+
+  def weight_only(x, values, scale, sizes):
+    return api.grouped_weight_only(x, values, scale, None, spec, sizes, layout='int4',
+                                   implementation=request.get('implementation'))
+
+  def int8_product(x, values, scale, sizes):
+    return int8.int8_grouped_matmul(x, values, scale, sizes, group=group, dtype=jnp.bfloat16,
+                                    implementation=request.get('implementation'))
+
+  def steps():
+    bm, bn, _ = tuned.fitted((*tpu.tile(M, E, K), K), M, K, N, group)
+    return -(-N // bn) * (-(-M // bm) + min(E, M) - 1)
+  G = shapes[2].shape[1]
+  moved = (min(E, M) * (K * N * request['bits'] // 8 + 2 * G * N)
+           + M * K * (1 if op == 'int8_matmul' else 2) + 2 * M * N)
+  return Call('grouped_matmul', int8_product if op == 'int8_matmul' else weight_only, shapes,
+              steps, 2 * M * K * N, moved, op == 'int8_matmul')
 
 
 def _steps(op, request, dtype, M, K, N, group):

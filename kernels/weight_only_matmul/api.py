@@ -35,14 +35,19 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
     ValueError: shapes or dtypes do not fit, or an implementation or layout that is not there or
       does not run here.
   """
+  check(x.shape[:-2], x.shape[-1], values, scale, zero, spec, layout)
+  return _product(implementation, spec, layout, x, values, scale, zero)
+
+
+def check(batch, K, values, scale, zero, spec, layout):
+  """Raises ValueError where these are not the parts of matrices [*batch K N]."""
   layouts.check(layout, spec)
-  *batch, _, K = x.shape
   N = values.shape[-2 if layout == 'columns' else -1] if values.ndim >= 2 else 0
   expected = layouts.shape(batch, K, N, spec, layout)
   if values.shape != expected:
     letters = 'N {}' if layout == 'columns' else '{} N'
     rows = expected[-1] if layout == 'columns' else expected[-2]
-    raise ValueError(f'values {values.shape} do not fit x {x.shape}; {spec} packs {K} rows of the '
+    raise ValueError(f'values {values.shape} do not fit {K} inputs; {spec} packs {K} rows of the '
                      f'axis that is summed over into {rows}: expected '
                      f'{(*batch, *letters.format(rows).split())} of layout {layout!r}')
   if layout == 'int4' and values.dtype != layouts.element(spec):
@@ -53,7 +58,6 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
   if tuple(scale.shape) not in fits or (zero is not None and zero.shape != scale.shape):
     raise ValueError(f'scale {tuple(scale.shape)} does not fit values {values.shape} of {spec}; '
                      f'expected {fits[0]}, and zero the same')
-  return _product(implementation, spec, layout, x, values, scale, zero)
 
 
 def forms(spec, layout, x, values, scale, zero):
@@ -66,13 +70,13 @@ def forms(spec, layout, x, values, scale, zero):
   pallas = functools.partial(_pallas, spec)
   return [Form(functools.partial(_native, spec), 'native', ('cpu',),
                cpu.why_not(x, scale, zero, spec, layout), True),
-          Form(pallas, 'pallas', ('tpu',), _why_no_kernel(spec, layout, x, values, scale), True),
+          Form(pallas, 'pallas', ('tpu',), why_no_kernel(spec, layout, x, values, scale), True),
           Form(functools.partial(_xla, spec, layout), 'xla'),
           Form(functools.partial(_reference, spec, layout), 'reference')]
 
 
-def _why_no_kernel(spec, layout, x, values, scale):
-  """None, or why the TPU kernel does not take these operands."""
+def why_no_kernel(spec, layout, x, values, scale, whole=False):
+  """None, or why the TPU kernel does not take these operands; `whole`: or one group of all rows."""
   if device.tpu() is None:
     return f'is for a TPU, and this program is for {device.kind()}'
   if device.tpu().generation < 5:
@@ -82,7 +86,7 @@ def _why_no_kernel(spec, layout, x, values, scale):
             f'{values.dtype} of {spec} in {layout!r}')
   if layout == 'columns':
     return "takes layout 'int4'; 'columns' is for GPUs"
-  if spec.group is None or spec.group % 32 or spec.tensor:
+  if spec.tensor or (not whole if spec.group is None else spec.group % 32):
     return f'takes groups of multiples of 32 rows, and {spec} has others'
   if x.dtype != jnp.bfloat16:
     return f'takes activations in bfloat16, and these are {x.dtype}'
