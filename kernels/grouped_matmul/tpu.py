@@ -1,10 +1,10 @@
 """grouped_matmul on a TPU (Pallas, Mosaic) with experts in codes, which are widened in VMEM.
 
 Rows are cut into tiles. A tile is visited once for each expert that has rows in it, in the order of
-the rows, so that an expert's weight is read once for all of its tiles and one without rows never is
-(Gale et al. 2022, arXiv:2211.15841, section 5, has this for GPUs). A visit multiplies the whole tile
-and keeps the rows of its expert. There are at most as many visits as tiles and experts, less one;
-those that are left over read and compute nothing.
+the rows, so that an expert's weight is read once for all of its tiles, and one without rows never
+is (Gale et al. 2022, arXiv:2211.15841, section 5, has this for GPUs). A visit multiplies the whole
+tile and keeps the rows of its expert. There are at most as many visits as tiles and experts, less
+one; those that are left over read and compute nothing.
 """
 import functools
 
@@ -48,10 +48,13 @@ def grouped_weight_only(x, values, scale, zero, spec, sizes, *, blocks=None, int
 def tile(M, E, K):
   """(rows, columns) of a tile: as many rows as an expert has where they are spread evenly.
 
-  Fewer than 32 take the units as long, and an expert with more visits more tiles.
+  Fewer than 32 take the units as long, more than 256 are computed in vain where experts share them.
+  Two tiles of x in 16 bits and of the weight in up to 8 are in VMEM, and a wide one of the weight;
+  a quarter of it is left for the result and for what is spilled.
   """
-  rows = max(32, 1 << max(M // E - 1, 0).bit_length())
-  return (min(rows, 512), 512) if K <= 8192 else (min(rows, 256), 256)
+  rows = min(256, max(32, 1 << max(M // E - 1, 0).bit_length()))
+  room = tuned.vmem_limit() * 3 // (16 * K) - rows
+  return rows, next((n for n in (1024, 512, 256) if n <= room), 128)
 
 
 def product(part, rows, experts, sizes, blocks, dtype, *, interpret=False, name='grouped_matmul'):

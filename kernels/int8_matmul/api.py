@@ -254,7 +254,8 @@ def int8_grouped_matmul(x, values, scale, sizes, *, group=None, x_scale=None, dt
                      'expected [M K], [E K N] and [E]')
   E, _, N = values.shape
   if scale.shape not in ((E, G, N), (E, G, 1)):
-    raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected {(E, G, N)}')
+    raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
+                     f'{(E, G, N)}')
   scale = jnp.broadcast_to(scale, (E, G, N))
   how = How(implementation, group, 'int4', None, jnp.dtype(dtype).name)
   return _grouped(how, x, values, scale, sizes, x_scale)

@@ -1,7 +1,7 @@
 """Calls of the ops that have a TPU kernel, by the numbers of a request: to tune, and for tables.
 
-A request with 'experts' is of grouped_matmul, the rows spread evenly; its op says what a row and a
-matrix are multiplied as, and it has no 'blocks'.
+A request with 'experts' is of grouped_matmul, whose op says as what a row and a matrix are
+multiplied, and whose blocks are (rows, columns).
 """
 import functools
 from collections.abc import Callable
@@ -74,6 +74,9 @@ def _grouped(request):
   spec = QuantSpec(request['bits'], group)
 
   def weight_only(x, values, scale, sizes):
+    if request.get('blocks'):
+      return tpu.grouped_weight_only(x, values, scale, None, spec, sizes,
+                                     blocks=request['blocks'])
     return api.grouped_weight_only(x, values, scale, None, spec, sizes, layout='int4',
                                    implementation=request.get('implementation'))
 
@@ -82,7 +85,7 @@ def _grouped(request):
                                     implementation=request.get('implementation'))
 
   def steps():
-    bm, bn, _ = tuned.fitted((*tpu.tile(M, E, K), K), M, K, N, group)
+    bm, bn, _ = tuned.fitted((*(request.get('blocks') or tpu.tile(M, E, K)), K), M, K, N, group)
     return -(-N // bn) * (-(-M // bm) + min(E, M) - 1)
   G = shapes[2].shape[1]
   moved = (min(E, M) * (K * N * request['bits'] // 8 + 2 * G * N)
