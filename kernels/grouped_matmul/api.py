@@ -1,7 +1,8 @@
 """grouped_matmul: rows sorted by group, each times its group's matrix (a mixture's experts).
 
-`grouped_weight_only` is the same with matrices in codes. Of floats, `jax.lax.ragged_dot` is what
-runs on a TPU; of codes it would write all matrices out first, and a kernel reads them as they are.
+`grouped_weight_only` is the same with matrices in codes. On a TPU `jax.lax.ragged_dot` goes over
+every pair of an expert and a tile of rows, and of codes it writes all matrices out first; the
+kernel reads the matrices of experts that have rows, as they are.
 """
 import functools
 
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lean_jax.kernels.grouped_matmul import cpu, reference
+from lean_jax.kernels.platforms import device
 from lean_jax.kernels.platforms.choice import Form, chosen
 from lean_jax.kernels.weight_only_matmul import api as weight_only
 from lean_jax.kernels.weight_only_matmul.reference import matrix as dequantized
 
 DEEPEST = 16384               # rows of a matrix, of which a tile of the TPU kernel has all
-IMPLEMENTATIONS = ('blocks', 'ragged', 'reference')
+IMPLEMENTATIONS = ('blocks', 'pallas', 'ragged', 'reference')
 
 
 def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
@@ -27,8 +29,9 @@ def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
     sizes: [E], integer, rows of each group; 0 is allowed. Their sum is M.
     matrix: None, or the function from one group's part of `w` to its matrix [I O]: on a CPU only
       the matrices of groups with rows are made, one at a time.
-    implementation: one of `IMPLEMENTATIONS`; None is 'blocks' on a CPU, where alone it runs, and
-      'ragged' (`jax.lax.ragged_dot`) elsewhere. 'reference' is slow; for tests.
+    implementation: one of `IMPLEMENTATIONS`; None is 'blocks' on a CPU, where alone it runs,
+      'pallas' on TPUs, and 'ragged' (`jax.lax.ragged_dot`) elsewhere. 'reference' is slow; for
+      tests.
 
   Returns:
     [M O] in x's dtype, sums in float32; int32 of int8.
@@ -36,12 +39,13 @@ def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
   Raises:
     ValueError: shapes do not fit, or an implementation that is not there or does not run here.
   """
-  matrix = _identity if matrix is None else matrix
-  shape = jax.eval_shape(lambda w: jax.vmap(matrix)(w), w).shape
+  of = _identity if matrix is None else matrix
+  shape = jax.eval_shape(lambda w: jax.vmap(of)(w), w).shape
   if x.ndim != 2 or len(shape) != 3 or shape[1] != x.shape[1] or sizes.shape != shape[:1]:
     raise ValueError(f'x {x.shape}, w {tuple(shape)} and sizes {sizes.shape} do not fit; expected '
                      '[M I], [E I O] and [E]')
-  return _product(implementation, matrix, (), x, w, sizes)
+  kernel = Form(_pallas, 'pallas', ('tpu',), _why_no_kernel(x, w, matrix), local=True)
+  return _product(implementation, of, (kernel,), x, w, sizes)
 
 
 def grouped_weight_only(x, values, scale, zero, spec, sizes, *, layout='packed',
@@ -53,8 +57,7 @@ def grouped_weight_only(x, values, scale, zero, spec, sizes, *, layout='packed',
   Args:
     x, sizes: as of `grouped_matmul`, x in floats.
     values, scale, zero, spec, layout: as of `weight_only_matmul`, with the groups as first axis.
-    implementation: None is the fastest that the platform has for these operands; 'pallas' is a
-      kernel on TPUs; or one of `IMPLEMENTATIONS`.
+    implementation: as of `grouped_matmul`.
 
   Returns:
     [M N], in x's dtype; sums in float32.
@@ -67,21 +70,40 @@ def grouped_weight_only(x, values, scale, zero, spec, sizes, *, layout='packed',
   K = x.shape[1]
   weight_only.check(sizes.shape, K, values, scale, zero, spec, layout)
   matrix = lambda w: dequantized(*w, spec, K, x.dtype, layout)
-  kernel = Form(functools.partial(_pallas, spec), 'pallas', ('tpu',),
-                _why_no_kernel(spec, layout, x, values, scale), local=True)
+  kernel = Form(functools.partial(_pallas_of_codes, spec), 'pallas', ('tpu',),
+                _why_none_of_codes(spec, layout, x, values, scale), local=True)
   return _product(implementation, matrix, (kernel,), x, (values, scale, zero), sizes)
 
 
-def _why_no_kernel(spec, layout, x, values, scale):
+def _why_no_kernel(x, w, matrix):
   """None, or why the TPU kernel does not take these operands."""
+  if device.tpu() is None:
+    return f'is for a TPU, and this program is for {device.kind()}'
+  if matrix is not None or x.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16:
+    return 'takes matrices and rows in bfloat16, or codes (`grouped_weight_only`)'
+  return _why_not_of_shapes(x, w)
+
+
+def _why_none_of_codes(spec, layout, x, values, scale):
   why = weight_only.why_no_kernel(spec, layout, x, values, scale, whole=True)
-  if why is None and x.shape[1] > DEEPEST:
-    why = f'takes matrices of up to {DEEPEST} rows, and these have {x.shape[1]}'
-  return why
+  return why or _why_not_of_shapes(x, values)
 
 
-def _pallas(spec, x, w, sizes):
+def _why_not_of_shapes(x, w):
+  if x.shape[1] > DEEPEST:
+    return f'takes matrices of up to {DEEPEST} rows, and these have {x.shape[1]}'
+  if 0 in (*x.shape, *w.shape):
+    return f'has nothing to multiply in {x.shape} and {w.shape}'
+  return None
+
+
+def _pallas(x, w, sizes):
   from lean_jax.kernels.grouped_matmul import tpu  # Pallas, where a TPU runs it
+  return tpu.grouped_matmul(x, w, sizes)
+
+
+def _pallas_of_codes(spec, x, w, sizes):
+  from lean_jax.kernels.grouped_matmul import tpu
   return tpu.grouped_weight_only(x, *w, spec, sizes)
 
 

@@ -1,4 +1,4 @@
-"""grouped_matmul on a TPU (Pallas, Mosaic) with experts in codes, which are widened in VMEM.
+"""grouped_matmul on a TPU (Pallas, Mosaic); experts in codes are widened in VMEM.
 
 Rows are cut into tiles. A tile is visited once for each expert that has rows in it, in the order of
 the rows, so that an expert's weight is read once for all of its tiles, and one without rows never
@@ -17,6 +17,21 @@ from jax.experimental.pallas import tpu as pltpu
 from lean_jax.kernels.platforms import tuned
 from lean_jax.kernels.weight_only_matmul.tpu import scaled_sums, scaled_tile
 from lean_jax.quantization import layouts
+
+
+def grouped_matmul(x, w, sizes, *, blocks=None, interpret=False):
+  """See api.grouped_matmul.
+
+  Args:
+    x, w: [M K] and [E K N], bfloat16.
+    blocks: the (rows, columns) of a tile; None is `tile`'s.
+    interpret: as of `pl.pallas_call`.
+  """
+  (M, K), (E, _, N) = x.shape, w.shape
+  bm, bn, _ = tuned.fitted((*(blocks or tile(M, E, K)), K), M, K, N, None)
+  part = lambda x, w: lax.dot_general(x[...], w[...], (((1,), (0,)), ((), ())),
+                                      preferred_element_type=jnp.float32)
+  return product(part, [x], [w], sizes, (bm, bn, K), x.dtype, interpret=interpret)
 
 
 def grouped_weight_only(x, values, scale, zero, spec, sizes, *, blocks=None, interpret=False):
@@ -49,7 +64,8 @@ def tile(M, E, K):
   """(rows, columns) of a tile: as many rows as an expert has where they are spread evenly.
 
   Fewer than 32 take the units as long, more than 256 are computed in vain where experts share them.
-  Two tiles of x in 16 bits and of the weight in up to 8 are in VMEM, and a wide one of the weight;
+  Two tiles of x in 16 bits and of the weight in up to 8 are in VMEM, and a wide one of the weight,
+  or two wide ones;
   a quarter of it is left for the result and for what is spilled.
   """
   rows = min(256, max(32, 1 << max(M // E - 1, 0).bit_length()))
@@ -71,7 +87,8 @@ def product(part, rows, experts, sizes, blocks, dtype, *, interpret=False, name=
     interpret, name: as of `pl.pallas_call`.
   """
   (M, K), (E, _, N), (bm, bn, bk) = rows[0].shape, experts[0].shape, blocks
-  bits = jnp.iinfo(experts[0].dtype).bits
+  kind = jnp.finfo if jnp.issubdtype(experts[0].dtype, jnp.floating) else jnp.iinfo
+  bits = kind(experts[0].dtype).bits
   of_rows = [pl.BlockSpec((bm, a.shape[1]), lambda j, v, expert, tile, *_: (tile[v], 0))
              for a in rows]
   depth = lambda a: bk if a is experts[0] else a.shape[1]

@@ -1,7 +1,7 @@
 """Calls of the ops that have a TPU kernel, by the numbers of a request: to tune, and for tables.
 
 A request with 'experts' is of grouped_matmul, whose op says as what a row and a matrix are
-multiplied, and whose blocks are (rows, columns).
+multiplied, and whose blocks are (rows, columns); weight_only_matmul of 16 bits is of floats.
 """
 import functools
 from collections.abc import Callable
@@ -26,6 +26,7 @@ class Call(NamedTuple):
     operations: multiplications and additions.
     bytes: that a call reads and writes, each once.
     int8: whether they are multiplied on the int8 units.
+    again: the function that gives how many times the units do the operations, under that mesh.
   """
   name: str
   run: Callable
@@ -34,6 +35,7 @@ class Call(NamedTuple):
   operations: int
   bytes: int
   int8: bool
+  again: Callable = lambda: 1
 
 
 def call(request):
@@ -46,11 +48,11 @@ def call(request):
   bits = request['bits']
   if op not in OPS:
     raise ValueError(f'no op {op!r}; there are: {", ".join(OPS)}')
-  if bits not in (2, 4, 8):
+  if bits not in ((2, 4, 8, 16) if request.get('experts') else (2, 4, 8)):
     raise ValueError(f'weights of {bits} bits; expected 2, 4 or 8')
-  stored = jnp.dtype(f'int{bits}')
   if request.get('experts'):
     return _grouped(request)
+  stored = jnp.dtype(f'int{bits}')
   scale_dtype = jnp.float32 if op == 'int8_matmul' else jnp.bfloat16
   scale = jax.ShapeDtypeStruct((-(-K // group) if group else 1, N), scale_dtype)
   shapes = [jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((K, N), stored), scale]
@@ -67,13 +69,16 @@ def _grouped(request):
   from lean_jax.kernels.int8_matmul import api as int8
   from lean_jax.quantization.spec import QuantSpec
   op, M, K, N, group, E = (request[k] for k in ('op', 'm', 'k', 'n', 'group', 'experts'))
-  stored = jnp.dtype(f'int{request["bits"]}')
+  bits = request['bits']
+  stored = jnp.dtype(jnp.bfloat16 if bits == 16 else f'int{bits}')
   of = jax.ShapeDtypeStruct
   shapes = [of((M, K), jnp.bfloat16), of((E, K, N), stored),
             of((E, -(-K // group) if group else 1, N), jnp.bfloat16), of((E,), jnp.int32)]
-  spec = QuantSpec(request['bits'], group)
 
   def weight_only(x, values, scale, sizes):
+    if bits == 16:
+      return api.grouped_matmul(x, values, sizes, implementation=request.get('implementation'))
+    spec = QuantSpec(bits, group)
     if request.get('blocks'):
       return tpu.grouped_weight_only(x, values, scale, None, spec, sizes,
                                      blocks=request['blocks'])
@@ -84,14 +89,20 @@ def _grouped(request):
     return int8.int8_grouped_matmul(x, values, scale, sizes, group=group, dtype=jnp.bfloat16,
                                     implementation=request.get('implementation'))
 
-  def steps():
+  def grid():
+    """Rows of a tile, and how often tiles of rows and of columns are visited."""
     bm, bn, _ = tuned.fitted((*(request.get('blocks') or tpu.tile(M, E, K)), K), M, K, N, group)
-    return -(-N // bn) * (-(-M // bm) + min(E, M) - 1)
+    return bm, -(-M // bm) + min(E, M) - 1, -(-N // bn)
+
+  def again():
+    bm, visits, _ = grid()
+    return bm * visits / M
+  steps = lambda: grid()[1] * grid()[2]
   G = shapes[2].shape[1]
-  moved = (min(E, M) * (K * N * request['bits'] // 8 + 2 * G * N)
+  moved = (min(E, M) * (K * N * bits // 8 + 2 * G * N)
            + M * K * (1 if op == 'int8_matmul' else 2) + 2 * M * N)
   return Call('grouped_matmul', int8_product if op == 'int8_matmul' else weight_only, shapes,
-              steps, 2 * M * K * N, moved, op == 'int8_matmul')
+              steps, 2 * M * K * N, moved, op == 'int8_matmul', again)
 
 
 def _steps(op, request, dtype, M, K, N, group):

@@ -81,8 +81,9 @@ def test_int8_matmul_is_near_the_peak_by_the_schedule(kind, share):
   assert found['cycles'] >= found['unit_cycles']         # of this tile nothing is left uncounted
 
 
-def test_few_rows_of_experts_wait_for_memory_and_for_nothing_else():
-  for kind, found in measured(['v5e', 'v6e'], EXPERTS).items():
+@pytest.mark.parametrize(('bits', 'group'), [(4, 128), (16, None)])
+def test_few_rows_of_experts_wait_for_memory_and_for_nothing_else(bits, group):
+  for kind, found in measured(['v5e', 'v6e'], EXPERTS, bits=bits, group=group).items():
     assert 'error' not in found, (kind, found)
     assert found['cycles'] < found['memory_cycles']
     assert found['temporaries'] <= 2 ** 16               # XLA writes all experts out: 940 MB
@@ -106,11 +107,11 @@ def test_many_rows_of_experts_compile_and_no_weight_is_written_out(other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('kind', 'share'), [('v5e', .7), ('v6e', .6)])
+@pytest.mark.parametrize(('kind', 'share'), [('v5e', .69), ('v6e', .6)])
 def test_experts_keep_the_units_busy(kind, share):
-  # 4096 rows over 8 experts are 16 tiles and 7 that are computed twice, so at most 16/23 = .7
-  found = measured([kind], EXPERTS, m=4096)[kind]
-  assert found['share'] >= share
+  # 4096 rows over 8 experts are 16 tiles and 7 that are multiplied twice: at most 16/23 = .696
+  for other in (dict(), dict(bits=16, group=None)):
+    assert measured([kind], EXPERTS, m=4096, **other)[kind]['share'] >= share
 
 
 def test_what_does_not_compile_says_so_and_the_next_one_is_measured():

@@ -62,6 +62,28 @@ def test_many_rows_of_an_expert_are_multiplied_by_a_tile_written_out():
 
 
 @pytest.mark.parametrize('sizes', SIZES, ids=str)
+def test_rows_are_multiplied_by_the_floats_of_their_expert(sizes):
+  rng, shape = np.random.default_rng(0), (len(sizes), 100, 150)
+  x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((sum(sizes), 100), shape))
+  sizes = jnp.asarray(sizes, jnp.int32)
+  got = tpu.grouped_matmul(x, w, sizes, blocks=TILE, interpret=True)
+  want = reference.grouped_matmul(*(a.astype(jnp.float32) for a in (x, w)), sizes)
+  # sums in float32, rounded once
+  np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2. ** -8, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_the_kernel_of_floats_is_the_form_of_a_tpu_and_of_bfloat16(dtype):
+  x, w, sizes = jnp.ones((7, 32), dtype), jnp.ones((3, 32, 40), dtype), jnp.array([3, 0, 4])
+  with device.target('v5e'):
+    for f in (api.grouped_matmul, jax.grad(lambda *a: jnp.sum(api.grouped_matmul(*a) ** 2))):
+      assert ('pallas_call' in str(jax.make_jaxpr(f)(x, w, sizes))) is (dtype == 'bfloat16')
+    if dtype == 'float32':
+      with pytest.raises(ValueError, match='in bfloat16'):
+        api.grouped_matmul(x, w, sizes, implementation='pallas')
+
+
+@pytest.mark.parametrize('sizes', SIZES, ids=str)
 @pytest.mark.parametrize(('group', 'bits'), [
     (None, 8), (32, 4), pytest.param(None, 4, marks=pytest.mark.slow)])
 def test_integers_are_multiplied_by_those_of_their_expert(sizes, group, bits):
