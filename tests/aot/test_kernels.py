@@ -107,11 +107,11 @@ def test_many_rows_of_experts_compile_and_no_weight_is_written_out(other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('kind', 'share'), [('v5e', .69), ('v6e', .6)])
+@pytest.mark.parametrize(('kind', 'share'), [('v5e', .99), ('v6e', .85)])
 def test_experts_keep_the_units_busy(kind, share):
-  # 4096 rows over 8 experts are 16 tiles and 7 that are multiplied twice: at most 16/23 = .696
+  # 4096 rows over 8 experts are 16 tiles, and 7 that are multiplied again
   for other in (dict(), dict(bits=16, group=None)):
-    assert measured([kind], EXPERTS, m=4096, **other)[kind]['share'] >= share
+    assert measured([kind], EXPERTS, m=4096, **other)[kind]['share'] >= share * 16 / 23
 
 
 def test_what_does_not_compile_says_so_and_the_next_one_is_measured():
