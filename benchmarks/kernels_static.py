@@ -7,6 +7,7 @@ the bytes of the call take at the device's bandwidth; the share is of the peak o
 multiply, by the slower of the two. `bf16` is the memory of the same product with a bfloat16 weight
 over the slower of the two: what may be gained where decoding waits for memory. A share of 100% says
 that the schedule has fewer bundles than the units need: then they are the limit. A dash is XLA's.
+Of E experts (a Mixtral's) each has as many rows; tiles that two of them share are computed twice.
 """
 import argparse
 
@@ -16,10 +17,13 @@ CASES = [dict(op='weight_only_matmul', m=m, k=4096, n=4096, group=g, bits=b)
          for m in (16, 512) for b, g in ((4, 128), (4, 32), (2, 64), (8, 128))]
 CASES += [dict(op='int8_matmul', m=m, k=4096, n=4096, group=g, bits=b)
           for m in (16, 512) for b, g in ((8, None), (4, None), (4, 128))]
+CASES += [dict(op=op, m=m, k=4096, n=14336, group=g, bits=b, experts=8) for m in (16, 4096)
+          for op, b, g in (('weight_only_matmul', 16, None), ('weight_only_matmul', 4, 128),
+                           ('int8_matmul', 8, None))]
 LARGE = [dict(op='int8_matmul', m=4096, k=4096, n=4096, group=None, bits=8),
          dict(op='int8_matmul', m=512, k=14336, n=4096, group=None, bits=8),
          dict(op='weight_only_matmul', m=16, k=8192, n=28672, group=128, bits=4)]
-WIDE = '{:<20}{:<12}{:>6}{:>7}{:>7}{:>6}{:>6}{:>10}{:>10}{:>8}{:>8}{:>8}'
+WIDE = '{:<20}{:<12}{:>4}{:>6}{:>7}{:>7}{:>6}{:>6}{:>10}{:>10}{:>8}{:>8}{:>8}'
 
 
 def main():
@@ -28,11 +32,11 @@ def main():
   parser.add_argument('--all', action='store_true', help='with shapes that take minutes to compile')
   a = parser.parse_args()
   cases = CASES + (LARGE if a.all else [])
-  print(WIDE.format('op', 'device', 'm', 'k', 'n', 'bits', 'group', 'cycles', 'memory', 'share',
-                    'bf16', 'spills'))
+  print(WIDE.format('op', 'device', 'E', 'm', 'k', 'n', 'bits', 'group', 'cycles', 'memory',
+                    'share', 'bf16', 'spills'))
   for r in schedule.measure([c | dict(device=d) for d in a.devices for c in cases]):
-    print(WIDE.format(r['op'], r['device'], r['m'], r['k'], r['n'], r['bits'], r['group'] or '-',
-                      *figures(r)), flush=True)
+    print(WIDE.format(r['op'], r['device'], r.get('experts', '-'), r['m'], r['k'], r['n'],
+                      r['bits'], r['group'] or '-', *figures(r)), flush=True)
 
 
 def figures(r):
@@ -43,7 +47,8 @@ def figures(r):
     return ('-',) * 5
   slower = max(r['cycles'], r['memory_cycles'])
   each = r['memory_cycles'] / calls.call(r).bytes
-  floats = each * 2 * (r['m'] * r['k'] + r['k'] * r['n'] + r['m'] * r['n'])
+  weights = r['k'] * r['n'] * min(r.get('experts', 1), r['m'])
+  floats = each * 2 * (r['m'] * r['k'] + weights + r['m'] * r['n'])
   gain = f'{floats / slower:.1f}x' if r['m'] <= 64 else '-'
   return f'{r["cycles"]:,}', f'{r["memory_cycles"]:,}', f'{r["share"]:.0%}', gain, r['spills']
 

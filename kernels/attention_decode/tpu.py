@@ -18,7 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lean_jax.kernels.attention_decode.softmax import Part, more, nothing
 
-PAGE = 512                    # tokens, at most, of a page of a cache in one piece
+PAGE = 2048                   # tokens, at most, of a page of a cache in one piece
+LANES, SUBLANES = 128, 8      # of a register
+_HIGH, _NIBBLES = 0x80808080 - 2 ** 32, 0x0f0f0f0f         # of each of four bytes
 
 
 def part(how, q, k, v, pages, lengths, visible, *, interpret=False):
@@ -33,12 +35,15 @@ def part(how, q, k, v, pages, lengths, visible, *, interpret=False):
     visible: [B M*n] bool, N a multiple of B.
     interpret: as `pallas_call` has it.
   """
-  (N, R, K), (_, rows, _), M = q.shape, k.values.shape, pages.shape[1]
+  (N, heads, K), (_, rows, _), M = q.shape, k.values.shape, pages.shape[1]
   each = 8 // how.bits
   n, B, C = rows * each, visible.shape[0], v.scale.shape[2]
+  R = -(-heads // SUBLANES) * SUBLANES                     # parts of registers would be moved about
+  q = jnp.pad(q, ((0, 0), (0, R - heads), (0, 0)))
   bits = lambda x: lax.bitcast_convert_type(x, jnp.uint16)
   by_channel = lambda x: bits(x).reshape(N, M, -1, K)                                # [N M n/g K]
   by_token = lambda x: bits(x).reshape(N, M, rows, each, C).transpose(0, 1, 3, 4, 2)
+  both = lambda of, x, axis: jnp.concatenate([of(x.scale), of(x.least)], axis=axis)
   seen = visible.astype(jnp.int32).reshape(B, M, rows, each).swapaxes(2, 3)
   seen = seen.reshape(B, M, each, 1, rows)
   last = jnp.maximum(lengths - 1, 0) // n
@@ -52,7 +57,7 @@ def part(how, q, k, v, pages, lengths, visible, *, interpret=False):
         lax.rem(i, batch), jnp.minimum(j, last[i]), *(0,) * (ndim - 2))
   row = lambda i, j, *_: (i, 0, 0)
   block = lambda x, batch=N: pl.BlockSpec((1, 1, *x.shape[2:]), own(x.ndim, batch))
-  grids = [by_channel(k.scale), by_channel(k.least), by_token(v.scale), by_token(v.least)]
+  grids = [both(by_channel, k, 2), both(by_token, v, 3)]
   shape = lambda width: jax.ShapeDtypeStruct((N, R, width), jnp.float32)
   tokens = N * M * n
   call = pl.pallas_call(
@@ -66,12 +71,13 @@ def part(how, q, k, v, pages, lengths, visible, *, interpret=False):
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
       cost_estimate=pl.CostEstimate(
           flops=4 * tokens * R * K, transcendentals=tokens * R,
-          bytes_accessed=tokens * (2 * K // each + 4 + 4 * C) + 4 * sum(x.size for x in grids[:2])),
+          bytes_accessed=tokens * (2 * K // each + 4 + 4 * C) + 2 * grids[0].size),
       interpret=interpret, name='attention_decode')
-  return Part(*call(pages, lengths, last, q, k.values, v.values, *grids, seen))
+  found = call(pages, lengths, last, q, k.values, v.values, *grids, seen)
+  return Part(*(x[:, :heads] for x in found))
 
 
-def _kernel(how, pages, lengths, last, q, k, v, k_scale, k_least, v_scale, v_least, seen, *out):
+def _kernel(how, pages, lengths, last, q, k, v, k_grids, v_grids, seen, *out):
   del pages, last
   row, j = pl.program_id(0), pl.program_id(1)
   rows, each = k.shape[1], 8 // how.bits
@@ -84,7 +90,7 @@ def _kernel(how, pages, lengths, last, q, k, v, k_scale, k_least, v_scale, v_lea
   @pl.when(j * rows * each < lengths[row])
   def _():
     at = j * rows * each + each * lax.broadcasted_iota(jnp.int32, (1, rows), 1)
-    grids = [_floats(x[0, 0]) for x in (k_scale, k_least)]                          # [groups K]
+    grids = _grids(k_grids[0, 0], how.bits)                                          # [groups K]
     query = q[0]
     scores, visible = [], []
     for e in range(each):
@@ -93,8 +99,8 @@ def _kernel(how, pages, lengths, last, q, k, v, k_scale, k_least, v_scale, v_lea
       visible.append((seen[0, 0, e] != 0) & (at + e < lengths[row]))
 
     def mix(probs):
-      return sum(_mixed(p, _codes(v[0], how.bits, e, query.dtype), _floats(v_scale[0, 0, e]),
-                        _floats(v_least[0, 0, e])) for e, p in enumerate(probs))
+      return sum(_mixed(p, _codes(v[0], how.bits, e, query.dtype),
+                        *_grids(v_grids[0, 0, e], how.bits)) for e, p in enumerate(probs))
     found = more(Part(*(ref[0] for ref in out)), scores, visible, mix)
     for ref, x in zip(out, found):
       ref[0] = x
@@ -104,16 +110,24 @@ def _scores(q, codes, scale, least):
   """Products of q [R K] with keys of codes [S K] and grids [groups K], each of S/groups tokens.
 
   q (code scale + least) is (q scale) code + q least: a query for each group meets the codes as they
-  are, and a token takes the product of its own.
+  are, and a token takes the product of its own. That is done for a register's lanes of tokens at a
+  time: fewer of the products are of other groups.
   """
   R, (groups, _), S = q.shape[0], scale.shape, codes.shape[0]
-  q = q.astype(jnp.float32)
-  each = jnp.concatenate([q * scale[g:g + 1] for g in range(groups)])            # [groups*R K]
-  products = _product(each.astype(codes.dtype), codes, 1, 1)                      # [groups*R S]
+  q, size = q.astype(jnp.float32), S // groups
+  few = max(1, LANES // size)
+  few = few if groups % few == 0 else groups
   begins = _product(q, least, 1, 1)                                              # [R groups]
-  token = lax.broadcasted_iota(jnp.int32, (1, S), 1)
-  return sum(jnp.where(_inside(token, g, S // groups), products[g * R:(g + 1) * R]
-                       + begins[:, g:g + 1], 0) for g in range(groups))
+  token = lax.broadcasted_iota(jnp.int32, (1, few * size), 1)
+  out = []
+  for first in range(0, groups, few):
+    own = range(first, first + few)
+    each = jnp.concatenate([q * scale[g:g + 1] for g in own])                    # [few*R K]
+    part = codes[first * size:(first + few) * size]
+    products = _product(each.astype(codes.dtype), part, 1, 1)                    # [few*R few*size]
+    out.append(sum(jnp.where(_inside(token, k, size), products[k * R:(k + 1) * R]
+                             + begins[:, g:g + 1], 0) for k, g in enumerate(own)))
+  return jnp.concatenate(out, axis=1)
 
 
 def _mixed(p, codes, scale, least):
@@ -131,19 +145,27 @@ def _inside(at, part, size):
 
 
 def _codes(packed, bits, e, dtype):
-  """The codes of the e-th token of each byte; bfloat16 holds those of 8 bits."""
-  codes = (packed.astype(jnp.int32) >> (e * bits)) & (2 ** bits - 1)
-  return codes.astype(jnp.float32).astype(dtype)
+  """The codes of the e-th token of each byte, those of 8 bits less 128; bfloat16 holds them."""
+  words = pltpu.bitcast(packed, jnp.int32)                 # four bytes at a time
+  words = words ^ _HIGH if bits == 8 else (words >> (e * bits)) & _NIBBLES
+  return pltpu.bitcast(words, jnp.int8).astype(jnp.int32).astype(jnp.float32).astype(dtype)
+
+
+def _grids(both, bits):
+  """The scales and the least numbers of codes as `_codes` gives them, of both in float16's bits."""
+  scale, least = jnp.split(_floats(both), 2)
+  return scale, least + 128 * scale if bits == 8 else least
 
 
 def _floats(bits):
   """The float32 of a float16's bits."""
   x = bits.astype(jnp.int32)
-  exponent, fraction = (x >> 10) & 31, x & 1023
-  normal = lax.bitcast_convert_type(((exponent + 112) << 23) | (fraction << 13), jnp.float32)
-  size = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2. ** -24, normal)
-  size = jnp.where(exponent == 31, jnp.where(fraction == 0, jnp.inf, jnp.nan), size)
-  return jnp.where(x >= 2 ** 15, -size, size)
+  size = x & 0x7fff
+  placed = size << 13                                      # a float32, its exponent 112 too small
+  of = lambda x: lax.bitcast_convert_type(x, jnp.float32)
+  found = jnp.where(size < 1 << 10, size.astype(jnp.float32) * 2. ** -24, of(placed) * 2. ** 112)
+  found = jnp.where(size >= 31 << 10, of(placed | 0x7f800000), found)     # infinite, or a NaN
+  return jnp.where(x >= 1 << 15, -found, found)
 
 
 def _product(a, b, i, j):

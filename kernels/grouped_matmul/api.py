@@ -1,4 +1,9 @@
-"""grouped_matmul: rows sorted by group, each times its group's matrix (a mixture's experts)."""
+"""grouped_matmul: rows sorted by group, each times its group's matrix (a mixture's experts).
+
+`grouped_weight_only` is the same with matrices in codes. On a TPU `jax.lax.ragged_dot` goes over
+every pair of an expert and a tile of rows, and of codes it writes all matrices out first; the
+kernel reads the matrices of experts that have rows, as they are.
+"""
 import functools
 
 import jax
@@ -6,9 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lean_jax.kernels.grouped_matmul import cpu, reference
+from lean_jax.kernels.platforms import device
 from lean_jax.kernels.platforms.choice import Form, chosen
+from lean_jax.kernels.weight_only_matmul import api as weight_only
+from lean_jax.kernels.weight_only_matmul.reference import matrix as dequantized
 
-IMPLEMENTATIONS = ('blocks', 'ragged', 'reference')
+DEEPEST = 16384               # rows of a matrix, of which a tile of the TPU kernel has all
+IMPLEMENTATIONS = ('blocks', 'pallas', 'ragged', 'reference')
 
 
 def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
@@ -20,8 +29,9 @@ def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
     sizes: [E], integer, rows of each group; 0 is allowed. Their sum is M.
     matrix: None, or the function from one group's part of `w` to its matrix [I O]: on a CPU only
       the matrices of groups with rows are made, one at a time.
-    implementation: one of `IMPLEMENTATIONS`; None is 'blocks' on a CPU, where alone it runs, and
-      'ragged' (`jax.lax.ragged_dot`) elsewhere. 'reference' is slow; for tests.
+    implementation: one of `IMPLEMENTATIONS`; None is 'blocks' on a CPU, where alone it runs,
+      'pallas' on TPUs, and 'ragged' (`jax.lax.ragged_dot`) elsewhere. 'reference' is slow; for
+      tests.
 
   Returns:
     [M O] in x's dtype, sums in float32; int32 of int8.
@@ -29,8 +39,8 @@ def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
   Raises:
     ValueError: shapes do not fit, or an implementation that is not there or does not run here.
   """
-  matrix = _identity if matrix is None else matrix
-  made = jax.eval_shape(lambda w: jax.vmap(matrix)(w), w)
+  of = _identity if matrix is None else matrix
+  made = jax.eval_shape(lambda w: jax.vmap(of)(w), w)
   shape = made.shape
   if x.ndim != 2 or len(shape) != 3 or shape[1] != x.shape[1] or sizes.shape != shape[:1]:
     raise ValueError(f'x {x.shape}, w {tuple(shape)} and sizes {sizes.shape} do not fit; expected '
@@ -40,27 +50,90 @@ def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
       sizes.dtype, jnp.integer):
     raise ValueError(f'x {x.dtype}, w {made.dtype} and sizes {sizes.dtype}; expected x of floats, '
                      'or both int8, and sizes of integers')
-  return _product(implementation, matrix, x, w, sizes)
+  kernel = Form(_pallas, 'pallas', ('tpu',), _why_no_kernel(x, w, matrix), local=True)
+  return _product(implementation, of, (kernel,), x, w, sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(implementation, matrix, x, w, sizes):
+def grouped_weight_only(x, values, scale, zero, spec, sizes, *, layout='packed',
+                        implementation=None):
+  """`grouped_matmul` with matrices in codes: `weight_only_matmul` of each group's rows.
+
+  Gradients reach x, and scale where it is an array of floats.
+
+  Args:
+    x, sizes: as of `grouped_matmul`, x in floats.
+    values, scale, zero, spec, layout: as of `weight_only_matmul`, with the groups as first axis.
+    implementation: as of `grouped_matmul`.
+
+  Returns:
+    [M N], in x's dtype; sums in float32.
+
+  Raises:
+    ValueError: as of both.
+  """
+  if x.ndim != 2 or sizes.ndim != 1:
+    raise ValueError(f'x {x.shape} and sizes {sizes.shape}; expected [M K] and [E]')
+  K = x.shape[1]
+  weight_only.check(sizes.shape, K, values, scale, zero, spec, layout)
+  matrix = lambda w: dequantized(*w, spec, K, x.dtype, layout)
+  kernel = Form(functools.partial(_pallas_of_codes, spec), 'pallas', ('tpu',),
+                _why_none_of_codes(spec, layout, x, values, scale), local=True)
+  return _product(implementation, matrix, (kernel,), x, (values, scale, zero), sizes)
+
+
+def _why_no_kernel(x, w, matrix):
+  """None, or why the TPU kernel does not take these operands."""
+  if device.tpu() is None:
+    return f'is for a TPU, and this program is for {device.kind()}'
+  if matrix is not None or x.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16:
+    return 'takes matrices and rows in bfloat16, or codes (`grouped_weight_only`)'
+  return _why_not_of_shapes(x, w)
+
+
+def _why_none_of_codes(spec, layout, x, values, scale):
+  why = weight_only.why_no_kernel(spec, layout, x, values, scale, whole=True)
+  return why or _why_not_of_shapes(x, values)
+
+
+def _why_not_of_shapes(x, w):
+  if x.shape[1] > DEEPEST:
+    return f'takes matrices of up to {DEEPEST} rows, and these have {x.shape[1]}'
+  if 0 in (*x.shape, *w.shape):
+    return f'has nothing to multiply in {x.shape} and {w.shape}'
+  return None
+
+
+def _pallas(x, w, sizes):
+  from lean_jax.kernels.grouped_matmul import tpu  # Pallas, where a TPU runs it
+  return tpu.grouped_matmul(x, w, sizes)
+
+
+def _pallas_of_codes(spec, x, w, sizes):
+  from lean_jax.kernels.grouped_matmul import tpu
+  return tpu.grouped_weight_only(x, *w, spec, sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(implementation, matrix, kernels, x, w, sizes):
   forms = [
       Form(lambda x, w, sizes: cpu.grouped_matmul(x, w, sizes, matrix), 'blocks', ('cpu',)),
+      *kernels,
       Form(lambda x, w, sizes: _ragged(x, jax.vmap(matrix)(w), sizes), 'ragged'),
       Form(lambda x, w, sizes: reference.grouped_matmul(
           x, jax.vmap(matrix)(w).astype(x.dtype), sizes), 'reference')]
   return chosen('grouped_matmul', forms, implementation)(x, w, sizes)
 
 
-def _forward(implementation, matrix, x, w, sizes):
-  return _product(implementation, matrix, x, w, sizes), (x, w, sizes)
+def _forward(implementation, matrix, kernels, x, w, sizes):
+  return _product(implementation, matrix, kernels, x, w, sizes), (x, w, sizes)
 
 
-def _backward(implementation, matrix, saved, dy):
+def _backward(implementation, matrix, kernels, saved, dy):
   x, w, sizes = saved
+  if implementation in [k.name for k in kernels]:
+    implementation = None
   transposed = lambda part: matrix(part).T
-  dx = _product(implementation, transposed, dy, w, sizes).astype(x.dtype)
+  dx = _product(implementation, transposed, (), dy, w, sizes).astype(x.dtype)
   leaves, tree = jax.tree.flatten(w)
   floats = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
 

@@ -267,22 +267,41 @@ def _sum_of_groups(x, group):
 _product.defvjp(_forward, _backward)
 
 
-def int8_grouped_matmul(x, values, scale, sizes, *, group=None, x_scale=None):
+def int8_grouped_matmul(x, values, scale, sizes, *, group=None, x_scale=None, dtype=jnp.float32,
+                        implementation=None):
   """`int8_matmul` of each expert's rows with its own values and scales.
 
   Args:
     x: [M K], float; first the rows of expert 0, then those of expert 1, ...
-    values: [E K N], int8.
+    values: [E K N], int8, int4 or int2.
     scale: [E G N] or [E G 1], float.
     sizes: [E], integer, rows of each expert; their sum is M.
     group: rows of values that share a scale; None is all of them, G = 1.
     x_scale: None, or [E], the step to which all rows of an expert are rounded.
+    dtype: of the result; everything before it is float32.
+    implementation: None is the fastest that the platform has for these operands; 'pallas' is a
+      kernel on TPUs with int8 units, 'xla' a product a group of rows of values.
 
   Returns:
-    [M N], float32.
+    [M N], in dtype.
+
+  Raises:
+    ValueError: shapes or dtypes do not fit, or an implementation that is not there or does not run
+      here.
   """
-  scale = jnp.broadcast_to(scale, (*scale.shape[:2], values.shape[-1]))
-  return _grouped(group or values.shape[1], x, values, scale, sizes, x_scale)
+  K, G = x.shape[-1], -(-values.shape[-2] // group) if group else 1
+  if values.dtype not in LAYOUTS['int4']:
+    raise ValueError(f'values are {values.dtype}; expected {" or ".join(LAYOUTS["int4"])}')
+  if x.ndim != 2 or values.ndim != 3 or values.shape[1] != K or sizes.shape != values.shape[:1]:
+    raise ValueError(f'x {x.shape}, values {values.shape} and sizes {sizes.shape} do not fit; '
+                     'expected [M K], [E K N] and [E]')
+  E, _, N = values.shape
+  if scale.shape not in ((E, G, N), (E, G, 1)):
+    raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
+                     f'{(E, G, N)}')
+  scale = jnp.broadcast_to(scale, (E, G, N))
+  how = How(implementation, group, 'int4', None, jnp.dtype(dtype).name)
+  return _grouped(how, x, values, scale, sizes, x_scale)
 
 
 def _rows(x, sizes, x_scale):
@@ -294,27 +313,50 @@ def _rows(x, sizes, x_scale):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(group, x, values, scale, sizes, x_scale):
+def _grouped(how, x, values, scale, sizes, x_scale):
+  forms = [Form(functools.partial(_grouped_pallas, how), 'pallas', ('tpu',),
+                _why_not_grouped(how, x, values), local=True),
+           Form(functools.partial(_grouped_xla, how), 'xla')]
   codes, row_scale = _rows(x, sizes, x_scale)
+  run = chosen('int8_grouped_matmul', forms, how.implementation)
+  return run(codes, row_scale, values, scale, sizes)
+
+
+def _why_not_grouped(how, x, values):
+  """None, or why the TPU kernel does not take these operands."""
+  why = _why_no_kernel(how, x, values)
+  if why is None and x.shape[1] > grouped.DEEPEST:
+    why = f'takes matrices of up to {grouped.DEEPEST} rows, and these have {x.shape[1]}'
+  return why
+
+
+def _grouped_pallas(how, codes, row_scale, values, scale, sizes):
+  from lean_jax.kernels.int8_matmul import tpu  # Pallas, where a TPU runs it
+  return tpu.int8_grouped_matmul(codes, row_scale, values, scale, sizes, group=how.group,
+                                 dtype=how.dtype)
+
+
+def _grouped_xla(how, codes, row_scale, values, scale, sizes):
   total = 0.
-  for k, span in _spans(group, values):
+  for k, span in _spans(how.group, values):
     part = grouped.grouped_matmul(codes[:, span], values[:, span], sizes)
-    total = total + part.astype(jnp.float32) * _each_row(scale[:, k], sizes, x)
-  return total * row_scale
+    total = total + part.astype(jnp.float32) * _each_row(scale[:, k], sizes, codes)
+  return (total * row_scale).astype(how.dtype)
 
 
-def _grouped_forward(group, x, values, scale, sizes, x_scale):
-  return _grouped(group, x, values, scale, sizes, x_scale), (x, values, scale, sizes, x_scale)
+def _grouped_forward(how, x, values, scale, sizes, x_scale):
+  return _grouped(how, x, values, scale, sizes, x_scale), (x, values, scale, sizes, x_scale)
 
 
-def _grouped_backward(group, saved, g):
+def _grouped_backward(how, saved, g):
   x, values, scale, sizes, x_scale = saved
+  g = g.astype(jnp.float32)
   transposed = lambda part: part.T.astype(g.dtype)
   codes, step = _rows(x, sizes, x_scale)
   rounded = (codes * step).astype(g.dtype)
   expert = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
   dx, dscale = [], []
-  for k, span in _spans(group, values):
+  for k, span in _spans(how.group, values):
     part = values[:, span]
     dx.append(grouped.grouped_matmul(g * _each_row(scale[:, k], sizes, x), part, sizes,
                                      matrix=transposed))
@@ -331,8 +373,9 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 def _spans(group, values):
   """(k, rows of values [E K N] in group k), the last one shorter where they do not fill it."""
-  return [(k, slice(start, start + group))
-          for k, start in enumerate(range(0, values.shape[1], group))]
+  rows = values.shape[1]
+  return [(k, slice(start, start + (group or rows)))
+          for k, start in enumerate(range(0, rows, group or rows))]
 
 
 def _each_row(scale, sizes, x):

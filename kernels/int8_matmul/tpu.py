@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lean_jax.kernels.grouped_matmul import tpu as ragged
 from lean_jax.kernels.int8_matmul import reference
 from lean_jax.kernels.platforms import tuned
 
@@ -62,6 +63,29 @@ def int8_matmul(x, values, scale, x_scale=None, bias=None, *, group=None, activa
                               + M * N * jnp.dtype(dtype).itemsize)),
       interpret=interpret, name='int8_matmul')(*arrays)
   return y.reshape(*batch, M, N)
+
+
+def int8_grouped_matmul(codes, row_scale, values, scale, sizes, *, group=None, dtype=jnp.float32,
+                        blocks=None, interpret=False):
+  """See api.int8_grouped_matmul.
+
+  Args:
+    codes, row_scale: [M K] int8 and [M 1], rows after their rounding.
+    values: [E K N], int8 or int4.
+    scale: [E G N].
+    blocks: the (rows, columns) of a tile; None is `grouped_matmul.tpu.tile`'s.
+    interpret: as of `pl.pallas_call`.
+  """
+  (M, K), (E, _, N) = codes.shape, values.shape
+  bm, bn, bk = tuned.fitted((*(blocks or ragged.tile(M, E, K)), K), M, K, N, group)
+  codes = jnp.pad(codes, [(0, 0), (0, bk - K)])
+  wide = tuned.of_tiles(scale.astype(jnp.float32), E, 1, bk // group if group else 1)[:, 0]
+
+  def part(codes, row_scale, values, scale):
+    y = _part(codes, values, scale, group).astype(jnp.float32)
+    return (y if group else y * scale[...]) * row_scale[...]
+  return ragged.product(part, [codes, row_scale], [values, wide], sizes, (bm, bn, bk), dtype,
+                        interpret=interpret)
 
 
 def _whole(group, activation, x, values, row_scale, scale, *rest):

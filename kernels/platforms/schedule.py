@@ -42,7 +42,8 @@ def measure(requests):
       cycles: bundles times `steps` of the grid; like the next two, of one core with all the work.
       unit_cycles: for the products of one call at the peak of the units that multiply.
       memory_cycles: for the bytes of one call at the bandwidth of the device.
-      share: unit_cycles over the greatest of the three; `peak`: 'int8' or 'bf16' units.
+      share: unit_cycles over the greatest of the three, and of what the units need for tiles that
+        are multiplied again, for another expert; `peak`: 'int8' or 'bf16' units.
       temporaries: bytes of the whole call's.
       units: {instruction: how often} of those that feed the units, in one step.
       spills: stores of registers for want of room, in one step; they are among the bundles.
@@ -103,7 +104,7 @@ def _compiled(request, folder):
   with jax.sharding.set_mesh(mesh):
     done = jax.jit(call.run).trace(*shapes).lower(lowering_platforms=('tpu',)).compile()
     info = device.tpu()
-    steps = call.steps()
+    steps, again = call.steps(), call.again()
   found = read(folder, call.name)
   out = dict(kernels=found['kernels'], bundles=found['bundles'], units=found['units'],
              spills=found['spills'], steps=steps,
@@ -115,7 +116,8 @@ def _compiled(request, folder):
                unit_cycles=round(call.operations / peak * CLOCK[kind]),
                memory_cycles=round(call.bytes / info.mem_bw_bytes_per_second * CLOCK[kind]))
   return out | times | dict(peak='int8' if call.int8 else 'bf16',
-                            share=round(times['unit_cycles'] / max(times.values()), 4))
+                            share=round(times['unit_cycles'] / max(
+                                *times.values(), again * times['unit_cycles']), 4))
 
 
 def read(folder, name):

@@ -36,16 +36,21 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
     ValueError: shapes or dtypes do not fit, or an implementation or layout that is not there or
       does not run here.
   """
-  layouts.check(layout, spec)
   if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f'x is {x.dtype} {x.shape}; expected floats [*E M K]')
-  *batch, _, K = x.shape
+  check(x.shape[:-2], x.shape[-1], values, scale, zero, spec, layout)
+  return _product(implementation, spec, layout, x, values, scale, zero)
+
+
+def check(batch, K, values, scale, zero, spec, layout):
+  """Raises ValueError where these are not the parts of matrices [*batch K N]."""
+  layouts.check(layout, spec)
   N = layouts.columns_of(values.shape, layout)
   expected = layouts.shape(batch, K, N, spec, layout)
   if values.shape != expected:
     letters = dict(columns='N {}', panels=f'N/{layouts.PANEL} {{}} 256').get(layout, '{} N')
     rows = expected[-1 if layout == 'columns' else -2]
-    raise ValueError(f'values {values.shape} do not fit x {x.shape}; {spec} packs {K} rows of the '
+    raise ValueError(f'values {values.shape} do not fit {K} inputs; {spec} packs {K} rows of the '
                      f'axis that is summed over into {rows}: expected '
                      f'{(*batch, *letters.format(rows).split())} of layout {layout!r}')
   stored = [layouts.element(spec)] if layout == 'int4' else [jnp.dtype('uint8')] + (
@@ -59,7 +64,6 @@ def weight_only_matmul(x, values, scale, zero, spec, *, layout='packed', impleme
       not spec.symmetric if zero is None else zero.shape != scale.shape):
     raise ValueError(f'scale {tuple(scale.shape)} does not fit values {values.shape} of {spec}; '
                      f'expected {fits[0]}, and zero the same')
-  return _product(implementation, spec, layout, x, values, scale, zero)
 
 
 def forms(spec, layout, x, values, scale, zero):
@@ -73,15 +77,15 @@ def forms(spec, layout, x, values, scale, zero):
   pallas = functools.partial(_pallas, spec)
   return [Form(functools.partial(_native, spec), 'native', ('cpu',),
                cpu.why_not(x, scale, zero, spec, layout), True),
-          Form(pallas, 'pallas', ('tpu',), _why_no_kernel(spec, layout, x, values, scale), True),
+          Form(pallas, 'pallas', ('tpu',), why_no_kernel(spec, layout, x, values, scale), True),
           Form(functools.partial(_hopper, spec), 'pallas', ('cuda',),
                _why_not_hopper(spec, layout, x, values, scale), True),
           Form(functools.partial(_xla, spec, layout), 'xla'),
           Form(functools.partial(_reference, spec, layout), 'reference')]
 
 
-def _why_no_kernel(spec, layout, x, values, scale):
-  """None, or why the TPU kernel does not take these operands."""
+def why_no_kernel(spec, layout, x, values, scale, whole=False):
+  """None, or why the TPU kernel does not take these operands; `whole`: or one group of all rows."""
   if device.tpu() is None:
     return f'is for a TPU, and this program is for {device.kind()}'
   if device.tpu().generation < 5:
@@ -91,7 +95,7 @@ def _why_no_kernel(spec, layout, x, values, scale):
             f'{values.dtype} of {spec} in {layout!r}')
   if layout not in ('packed', 'int4'):
     return f"takes layout 'int4', and this is {layout!r}"
-  if spec.group is None or spec.group % 32 or spec.tensor:
+  if spec.tensor or (not whole if spec.group is None else spec.group % 32):
     return f'takes groups of multiples of 32 rows, and {spec} has others'
   if x.dtype != jnp.bfloat16:
     return f'takes activations in bfloat16, and these are {x.dtype}'

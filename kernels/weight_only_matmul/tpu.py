@@ -50,7 +50,7 @@ def weight_only_matmul(x, values, scale, zero, spec, *, blocks=None, interpret=F
     sums = jnp.sum(x.reshape(E, M, steps, each, group), axis=-1, dtype=jnp.float32)
     arrays.append(jnp.swapaxes(sums, 1, 2))                                   # [E steps M each]
     specs.append(pl.BlockSpec((None, None, bm, each), lambda e, i, j, k: (e, k, i, 0)))
-  part = functools.partial(_scaled_sums if decoding else _scaled_tile, group)
+  part = functools.partial(scaled_sums if decoding else scaled_tile, group)
   bits = jnp.iinfo(values.dtype).bits
   y = pl.pallas_call(
       functools.partial(_kernel, part, steps), grid=(E, pl.cdiv(M, bm), pl.cdiv(N, bn), steps),
@@ -87,7 +87,7 @@ def _kernel(part, steps, x, values, scale, *rest):
     out[...] = total[...].astype(out.dtype)
 
 
-def _scaled_sums(group, x, values, scale, zero=None, sums=None):
+def scaled_sums(group, x, values, scale, zero=None, sums=None):
   """The product of two tiles, float32: each group's own, with its zero point and scale in it."""
   scale = scale[...].astype(jnp.float32)
   total = 0.
@@ -100,7 +100,7 @@ def _scaled_sums(group, x, values, scale, zero=None, sums=None):
   return total
 
 
-def _scaled_tile(group, x, values, scale, zero=None):
+def scaled_tile(group, x, values, scale, zero=None):
   """The product of two tiles, float32, the second written out in bfloat16."""
   scale, parts = scale[...].astype(jnp.bfloat16), []
   for g in range(values.shape[0] // group):

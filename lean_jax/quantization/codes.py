@@ -106,7 +106,7 @@ def decode(codes, scale, zero, spec, dtype):
 def number(codes, spec, dtype):
   """What codes are in parts of the scale, the zero point apart."""
   if spec.code in _TABLES or spec.code == 'mxfp4':
-    return jnp.asarray(_TABLES.get(spec.code, E2M1)).astype(dtype)[codes]
+    return _looked_up(_TABLES.get(spec.code, E2M1), codes).astype(dtype)
   if spec.code in _FLOATS:
     return jax.lax.bitcast_convert_type(codes, _FLOATS[spec.code]).astype(dtype)
   if spec.code in ('binary', 'ternary'):
@@ -178,12 +178,26 @@ def _power(top, spec):
 
 
 def _nearest(unit, table):
-  """The code of the nearest number in a table."""
+  """The code of the nearest number in a table; of a NaN that of the greatest.
+
+  Selects, and not `jnp.searchsorted`: compilers make one loop of them and what is around them.
+  """
   order = np.argsort(table, kind='stable')
   ordered = table[order]
-  middle = jnp.asarray((ordered[1:] + ordered[:-1]) / 2)
-  place = jnp.searchsorted(middle, unit, method='compare_all')
-  return jnp.asarray(order, jnp.uint8)[place]
+  found = jnp.full(unit.shape, order[0], jnp.uint8)
+  for middle, code in zip((ordered[1:] + ordered[:-1]) / 2, order[1:]):
+    found = jnp.where(unit <= middle, found, jnp.uint8(code))
+  return found
+
+
+def _looked_up(table, codes):
+  """table[codes], by a select a bit; a TPU reads tables one number at a time."""
+  found, bit = list(table), 1
+  while len(found) > 1:
+    odd = (codes & bit) != 0
+    found = [jnp.where(odd, b, a) for a, b in zip(found[::2], found[1::2])]
+    bit *= 2
+  return found[0]
 
 
 def _even(unit):

@@ -86,12 +86,11 @@ class Quantized(Weight):
       of_row = jnp.repeat(self.order, sizes, axis=0, total_repeat_length=x.shape[0])
       x = jnp.take_along_axis(x, of_row, axis=-1)
     if self.spec.activation_bits == 8:
-      y = int8_matmul.int8_grouped_matmul(
+      return int8_matmul.int8_grouped_matmul(
           x, grid.integers(self.codes(), self.spec), self.scale, sizes, group=self.spec.group,
-          x_scale=self.input_scale)
-      return y.astype(x.dtype)
-    one = dataclasses.replace(self, order=None, input_scale=None)
-    return grouped_matmul.grouped_matmul(x, one, sizes, matrix=lambda w: w.matrix(x.dtype))
+          x_scale=self.input_scale, dtype=x.dtype)
+    return grouped_matmul.grouped_weight_only(x, self.values, self.scale, self.zero, self.spec,
+                                              sizes)
 
   def take(self, ids):
     if self.dims != 'oi' or self.order is not None:

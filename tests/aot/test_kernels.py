@@ -10,6 +10,7 @@ pytest.importorskip('libtpu')
 
 INT8 = dict(op='int8_matmul', m=512, k=1024, n=1024, group=None, bits=8)
 W4 = dict(op='weight_only_matmul', m=16, k=4096, n=4096, group=128, bits=4)
+EXPERTS = W4 | dict(n=14336, experts=8)
 
 
 def measured(devices, request, **other):
@@ -60,7 +61,8 @@ def test_decoding_compiles_for_a_v5p(decoding):
     W4 | dict(bits=2, group=64, k=1000), INT8 | dict(bits=4, group=32, m=7, k=1000, n=200),
     *(pytest.param(r, marks=pytest.mark.slow) for r in (
         W4 | dict(bits=8), W4 | dict(m=1), W4 | dict(m=300, k=4000, n=1000),
-        INT8 | dict(bits=2, m=300, k=1000, n=1000)))])
+        INT8 | dict(bits=2, m=300, k=1000, n=1000), EXPERTS | dict(m=300, k=1000, n=200, group=32),
+        EXPERTS | INT8 | dict(m=300, k=1000, n=200)))])
 def test_ragged_sizes_and_other_widths_compile(request_):
   for kind, found in measured(['v5e', 'v6e'], request_).items():
     assert 'error' not in found, (kind, found)
@@ -77,6 +79,39 @@ def test_int8_matmul_is_near_the_peak_by_the_schedule(kind, share):
     # Each is a store to VMEM in a slot of a bundle that is counted.
     assert found['spills'] <= .7 * found['bundles']
   assert found['cycles'] >= found['unit_cycles']         # of this tile nothing is left uncounted
+
+
+@pytest.mark.parametrize(('bits', 'group'), [(4, 128), (16, None)])
+def test_few_rows_of_experts_wait_for_memory_and_for_nothing_else(bits, group):
+  for kind, found in measured(['v5e', 'v6e'], EXPERTS, bits=bits, group=group).items():
+    assert 'error' not in found, (kind, found)
+    assert found['cycles'] < found['memory_cycles']
+    assert found['temporaries'] <= 2 ** 16               # XLA writes all experts out: 940 MB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('other', [
+    dict(m=4096), dict(m=4096, bits=8, group=None),
+    dict(m=4096, k=16384, bits=8), dict(m=4096, op='int8_matmul', bits=8, group=None),
+    dict(m=300, k=14336, n=4096, op='int8_matmul', group=128)])
+def test_many_rows_of_experts_compile_and_no_weight_is_written_out(other):
+  for kind, found in measured(['v5e', 'v5p', 'v6e'], EXPERTS | other).items():
+    assert 'error' not in found, (kind, found)
+    assert found['bundles']
+    # a step and codes of each row of x, rows that fill groups; an expert's scales, in float32
+    G = -(-found['k'] // (found['group'] or found['k']))
+    assert found['temporaries'] <= (found['m'] * (2 * found['k'] + 512)
+                                    + 8 * 4 * max(G, 8) * found['n'] + 2 ** 17)
+    units = '.s8' if found['op'] == 'int8_matmul' else '.bf16'
+    assert found['units'] and all(u.endswith(units) for u in found['units'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('kind', 'share'), [('v5e', .99), ('v6e', .85)])
+def test_experts_keep_the_units_busy(kind, share):
+  # 4096 rows over 8 experts are 16 tiles, and 7 that are multiplied again
+  for other in (dict(), dict(bits=16, group=None)):
+    assert measured([kind], EXPERTS, m=4096, **other)[kind]['share'] >= share * 16 / 23
 
 
 def test_what_does_not_compile_says_so_and_the_next_one_is_measured():

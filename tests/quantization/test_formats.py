@@ -228,3 +228,21 @@ def test_a_group_larger_than_the_axis_is_refused():
   w = Dense(jnp.ones((8, 4)), 'io', (None, None))
   with pytest.raises(InputError, match='groups of 16 inputs, and the weight has 8'):
     rtn(w, 'w4a16-g16')
+
+
+@pytest.mark.parametrize('scheme', ['nf4-g64', 'fp4-g64', 'mxfp4'])
+def test_tables_are_read_by_selects_which_compilers_fuse(scheme):
+  spec = parse_spec(scheme)
+  program = str(jax.make_jaxpr(
+      lambda x: formats.dequantize(*formats.quantize(x, spec), spec, x.dtype))(jnp.ones((64, 4))))
+  assert 'select_n' in program
+  assert not any(name in program for name in ('gather', 'sort', 'while', 'scan'))
+
+
+@pytest.mark.parametrize('table', [grid.NF4, grid.FP4[:8], grid.E2M1[:8]])
+def test_the_nearest_of_a_table_is_found_and_read_back(table):
+  x = jnp.linspace(-1.5, 7, 4001)
+  codes = grid._nearest(x, table)
+  np.testing.assert_array_equal(codes, np.argmin(np.abs(np.asarray(x)[:, None] - table), axis=1))
+  np.testing.assert_array_equal(grid._looked_up(table, codes), table[np.asarray(codes)])
+  assert table[grid._nearest(jnp.array([jnp.nan]), table)[0]] == table.max()
