@@ -41,7 +41,8 @@ def main():
   module, params = model(a.layers, a.width, a.vocabulary)
   print(f'{a.layers} layers, width {a.width}, {a.vocabulary} tokens, '
         f'{tree.parameters(params) / 1e6:.0f} M parameters; jax {jax.__version__}, '
-        f'{len(os.sched_getaffinity(0))} threads; kernels: {library.why_not() or library.level()}\n')
+        f'{len(os.sched_getaffinity(0))} threads; kernels: '
+        f'{library.why_not() or library.level()}\n')
   print('| weights | MB | decode, tokens/s | times | prefill, tokens/s | times |\n'
         '| --- | ---: | ---: | ---: | ---: | ---: |')
   base = None

@@ -40,9 +40,9 @@ def onnx(w, copies, threads):
   codes = np.rint(w / scale).astype(np.int8)
   node = helper.make_node('DynamicQuantizeMatMul', ['x', 'w', 's', 'z'], ['y'],
                           domain='com.microsoft')
+  floats = lambda name, n: helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, n])
   graph = helper.make_graph(
-      [node], 'product', [helper.make_tensor_value_info('x', TensorProto.FLOAT, [None, w.shape[0]])],
-      [helper.make_tensor_value_info('y', TensorProto.FLOAT, [None, w.shape[1]])],
+      [node], 'product', [floats('x', w.shape[0])], [floats('y', w.shape[1])],
       [numpy_helper.from_array(codes, 'w'), numpy_helper.from_array(scale.astype(np.float32), 's'),
        numpy_helper.from_array(np.zeros(w.shape[1], np.int8), 'z')])
   model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17),

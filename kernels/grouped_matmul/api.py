@@ -14,6 +14,7 @@ from lean_jax.kernels.grouped_matmul import cpu, reference
 from lean_jax.kernels.platforms import device
 from lean_jax.kernels.platforms.choice import Form, chosen
 from lean_jax.kernels.weight_only_matmul import api as weight_only
+from lean_jax.kernels.weight_only_matmul import cpu as native
 from lean_jax.kernels.weight_only_matmul.reference import matrix as dequantized
 
 DEEPEST = 16384               # rows of a matrix, of which a tile of the TPU kernel has all
@@ -46,10 +47,10 @@ def grouped_matmul(x, w, sizes, *, matrix=None, implementation=None):
     raise ValueError(f'x {x.shape}, w {tuple(shape)} and sizes {sizes.shape} do not fit; expected '
                      '[M I], [E I O] and [E]')
   floats = jnp.issubdtype(x.dtype, jnp.floating)
-  if not (floats or x.dtype == made.dtype == jnp.int8) or not jnp.issubdtype(
-      sizes.dtype, jnp.integer):
+  bytes_ = x.dtype == jnp.int8 and made.dtype in (jnp.int8, jnp.int4, jnp.int2)
+  if not (floats or bytes_) or not jnp.issubdtype(sizes.dtype, jnp.integer):
     raise ValueError(f'x {x.dtype}, w {made.dtype} and sizes {sizes.dtype}; expected x of floats, '
-                     'or both int8, and sizes of integers')
+                     'or both int8 (w of fewer bits too), and sizes of integers')
   kernel = Form(_pallas, 'pallas', ('tpu',), _why_no_kernel(x, w, matrix), local=True)
   return _product(implementation, of, (kernel,), x, w, sizes)
 
@@ -76,9 +77,11 @@ def grouped_weight_only(x, values, scale, zero, spec, sizes, *, layout='packed',
   K = x.shape[1]
   weight_only.check(sizes.shape, K, values, scale, zero, spec, layout)
   matrix = lambda w: dequantized(*w, spec, K, x.dtype, layout)
-  kernel = Form(functools.partial(_pallas_of_codes, spec), 'pallas', ('tpu',),
-                _why_none_of_codes(spec, layout, x, values, scale), local=True)
-  return _product(implementation, matrix, (kernel,), x, (values, scale, zero), sizes)
+  kernels = (Form(functools.partial(_native_of_codes, spec), 'native', ('cpu',),
+                  native.why_not(x, scale, zero, spec, layout), local=True),
+             Form(functools.partial(_pallas_of_codes, spec), 'pallas', ('tpu',),
+                  _why_none_of_codes(spec, layout, x, values, scale), local=True))
+  return _product(implementation, matrix, kernels, x, (values, scale, zero), sizes)
 
 
 def _why_no_kernel(x, w, matrix):
@@ -108,6 +111,10 @@ def _pallas(x, w, sizes):
   return tpu.grouped_matmul(x, w, sizes)
 
 
+def _native_of_codes(spec, x, w, sizes):
+  return native.weight_only_matmul(x, *w, spec, sizes=sizes)
+
+
 def _pallas_of_codes(spec, x, w, sizes):
   from lean_jax.kernels.grouped_matmul import tpu
   return tpu.grouped_weight_only(x, *w, spec, sizes)
@@ -116,8 +123,8 @@ def _pallas_of_codes(spec, x, w, sizes):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(implementation, matrix, kernels, x, w, sizes):
   forms = [
-      Form(lambda x, w, sizes: cpu.grouped_matmul(x, w, sizes, matrix), 'blocks', ('cpu',)),
       *kernels,
+      Form(lambda x, w, sizes: cpu.grouped_matmul(x, w, sizes, matrix), 'blocks', ('cpu',)),
       Form(lambda x, w, sizes: _ragged(x, jax.vmap(matrix)(w), sizes), 'ragged'),
       Form(lambda x, w, sizes: reference.grouped_matmul(
           x, jax.vmap(matrix)(w).astype(x.dtype), sizes), 'reference')]

@@ -267,20 +267,22 @@ def _sum_of_groups(x, group):
 _product.defvjp(_forward, _backward)
 
 
-def int8_grouped_matmul(x, values, scale, sizes, *, group=None, x_scale=None, dtype=jnp.float32,
-                        implementation=None):
+def int8_grouped_matmul(x, values, scale, sizes, *, group=None, x_scale=None, layout='packed',
+                        dtype=jnp.float32, implementation=None):
   """`int8_matmul` of each expert's rows with its own values and scales.
 
   Args:
     x: [M K], float; first the rows of expert 0, then those of expert 1, ...
-    values: [E K N], int8, int4 or int2.
+    values: [E K N], or as layout says; as of `int8_matmul`.
     scale: [E G N] or [E G 1], float.
     sizes: [E], integer, rows of each expert; their sum is M.
     group: rows of values that share a scale; None is all of them, G = 1.
     x_scale: None, or [E], the step to which all rows of an expert are rounded.
+    layout: as of `int8_matmul`.
     dtype: of the result; everything before it is float32.
-    implementation: None is the fastest that the platform has for these operands; 'pallas' is a
-      kernel on TPUs with int8 units, 'xla' a product a group of rows of values.
+    implementation: None is the fastest that the platform has for these operands; 'native' is a
+      kernel on CPUs, 'pallas' one on TPUs with int8 units, 'xla' a product a group of rows of
+      values.
 
   Returns:
     [M N], in dtype.
@@ -289,18 +291,19 @@ def int8_grouped_matmul(x, values, scale, sizes, *, group=None, x_scale=None, dt
     ValueError: shapes or dtypes do not fit, or an implementation that is not there or does not run
       here.
   """
-  K, G = x.shape[-1], -(-values.shape[-2] // group) if group else 1
-  if values.dtype not in LAYOUTS['int4']:
-    raise ValueError(f'values are {values.dtype}; expected {" or ".join(LAYOUTS["int4"])}')
-  if x.ndim != 2 or values.ndim != 3 or values.shape[1] != K or sizes.shape != values.shape[:1]:
+  if layout not in LAYOUTS or values.dtype not in LAYOUTS[layout]:
+    raise ValueError(f'values are {values.dtype} of layout {layout!r}; expected one of {LAYOUTS}')
+  batch, rows, N = _logical(values.shape, layout)
+  K = x.shape[-1] if x.ndim else 0
+  if x.ndim != 2 or sizes.ndim != 1 or sizes.shape != batch or rows != _rows_of(K, values, layout):
     raise ValueError(f'x {x.shape}, values {values.shape} and sizes {sizes.shape} do not fit; '
-                     'expected [M K], [E K N] and [E]')
-  E, _, N = values.shape
+                     'expected [M K], [E K N] (as their layout has them) and [E]')
+  (E,), G = batch, -(-K // group) if group else 1
   if scale.shape not in ((E, G, N), (E, G, 1)):
     raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
                      f'{(E, G, N)}')
   scale = jnp.broadcast_to(scale, (E, G, N))
-  how = How(implementation, group, 'int4', None, jnp.dtype(dtype).name)
+  how = How(implementation, group, layout, None, jnp.dtype(dtype).name)
   return _grouped(how, x, values, scale, sizes, x_scale)
 
 
@@ -314,12 +317,13 @@ def _rows(x, sizes, x_scale):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(how, x, values, scale, sizes, x_scale):
-  forms = [Form(functools.partial(_grouped_pallas, how), 'pallas', ('tpu',),
+  forms = [Form(functools.partial(_grouped_native, how), 'native', ('cpu',),
+                cpu.why_not(x, values, scale, how.group or x.shape[-1], how.layout), local=True),
+           Form(functools.partial(_grouped_pallas, how), 'pallas', ('tpu',),
                 _why_not_grouped(how, x, values), local=True),
            Form(functools.partial(_grouped_xla, how), 'xla')]
-  codes, row_scale = _rows(x, sizes, x_scale)
   run = chosen('int8_grouped_matmul', forms, how.implementation)
-  return run(codes, row_scale, values, scale, sizes)
+  return run(x, values, scale, sizes, x_scale)
 
 
 def _why_not_grouped(how, x, values):
@@ -330,13 +334,21 @@ def _why_not_grouped(how, x, values):
   return why
 
 
-def _grouped_pallas(how, codes, row_scale, values, scale, sizes):
+def _grouped_native(how, x, values, scale, sizes, x_scale):
+  y = cpu.int8_matmul(x, values, scale, how.group or x.shape[-1], x_scale, sizes=sizes)
+  return y.astype(how.dtype)
+
+
+def _grouped_pallas(how, x, values, scale, sizes, x_scale):
+  codes, row_scale = _rows(x, sizes, x_scale)
   from lean_jax.kernels.int8_matmul import tpu  # Pallas, where a TPU runs it
   return tpu.int8_grouped_matmul(codes, row_scale, values, scale, sizes, group=how.group,
                                  dtype=how.dtype)
 
 
-def _grouped_xla(how, codes, row_scale, values, scale, sizes):
+def _grouped_xla(how, x, values, scale, sizes, x_scale):
+  codes, row_scale = _rows(x, sizes, x_scale)
+  values = _integers(how, values, x.shape[-1])
   total = 0.
   for k, span in _spans(how.group, values):
     part = grouped.grouped_matmul(codes[:, span], values[:, span], sizes)
@@ -350,7 +362,7 @@ def _grouped_forward(how, x, values, scale, sizes, x_scale):
 
 def _grouped_backward(how, saved, g):
   x, values, scale, sizes, x_scale = saved
-  g = g.astype(jnp.float32)
+  values, g = _integers(how, values, x.shape[-1]), g.astype(jnp.float32)
   transposed = lambda part: part.T.astype(g.dtype)
   codes, step = _rows(x, sizes, x_scale)
   rounded = (codes * step).astype(g.dtype)

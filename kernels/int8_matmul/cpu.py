@@ -1,5 +1,4 @@
 """int8_matmul on a CPU: the compiled kernel, which rounds the activations itself."""
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,19 +23,15 @@ def why_not(x, values, scale, group, layout):
   return library.why_not()
 
 
-def int8_matmul(x, values, scale, group, x_scale=None, level=-1):
+def int8_matmul(x, values, scale, group, x_scale=None, level=-1, sizes=None):
   """[*E M N] float32; operands as of `api.int8_matmul`.
 
   Args:
     group: rows of a group; K if there is one.
     level: index of `library.LEVELS`, the most that is used; -1 is all that there is.
+    sizes: None; or [E], and x is [M K], these rows of it each matrix's: y is [M N].
   """
-  flat = lambda a: a.reshape(-1, *a.shape[len(batch):])
-  *batch, M, _ = x.shape
-  fixed = jnp.zeros(0) if x_scale is None else x_scale.reshape(-1)
-  y = jax.ffi.ffi_call('lean_integer', jax.ShapeDtypeStruct(
-      (flat(x).shape[0], M, library.columns(values, batch)), jnp.float32), vmap_method='sequential')(
-          flat(x).astype(jnp.float32), flat(values), flat(scale), fixed.astype(jnp.float32),
-          bits=np.int64(4 if values.dtype == jnp.uint8 else 8), group=np.int64(group),
-          level=np.int64(level))
-  return y.reshape(*batch, M, -1)
+  return library.product(
+      'lean_integer', x, values, scale, sizes, level,
+      jnp.zeros(0) if x_scale is None else x_scale.reshape(-1).astype(jnp.float32),
+      bits=np.int64(4 if values.dtype == jnp.uint8 else 8), group=np.int64(group))

@@ -180,36 +180,52 @@ ffi::Error Unprepared(const ffi::AnyBuffer& values, int level) {
   return ffi::Error::Success();
 }
 
-ffi::Error Integer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
-                   ffi::AnyBuffer scale, ffi::Buffer<ffi::F32> fixed,
-                   ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t group, int64_t level) {
-  const int64_t M = x.dimensions()[1], K = x.dimensions()[2], N = y->dimensions()[2];
-  const int use = Used(level);
-  if (auto error = Unprepared(values, use); error.failure()) return error;
-  for (int64_t e = 0; e < x.dimensions()[0]; ++e) {
-    const Weight w = Matrix(e, values, scale, K, N, group, bits, nullptr, nullptr);
-    const float* fixed_step = fixed.element_count() ? fixed.typed_data() + e : nullptr;
-    IntegerProduct(pool, x.typed_data() + e * M * K, w, M, fixed_step, use,
-                   y->typed_data() + e * M * N);
+// Calls product(matrix, rows of x before its own, how many are its own): as many of each as x [E M
+// K] has, or those that `sizes` says of the rows of x [1 M K], which follow each other.
+template <class F>
+ffi::Error Each(const ffi::Buffer<ffi::F32>& x, const ffi::AnyBuffer& values,
+                const ffi::Buffer<ffi::S32>& sizes, F product) {
+  const int64_t M = x.dimensions()[1], all = x.dimensions()[0] * M;
+  const int64_t ragged = static_cast<int64_t>(sizes.element_count());
+  int64_t at = 0;
+  for (int64_t e = 0; e < values.dimensions()[0]; ++e) {
+    const int64_t rows = ragged ? sizes.typed_data()[e] : M;
+    if (rows < 0 || rows > all - at)
+      return ffi::Error::InvalidArgument("sizes are more than there are rows");
+    if (rows) product(e, at, rows);
+    at += rows;
   }
   return ffi::Error::Success();
 }
 
-ffi::Error Floating(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
-                    ffi::AnyBuffer scale, ffi::Buffer<ffi::U8> zero, ffi::Buffer<ffi::F32> table,
-                    ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t group, int64_t parts,
-                    int64_t level) {
-  const int64_t M = x.dimensions()[1], K = x.dimensions()[2], N = y->dimensions()[2];
+ffi::Error Integer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
+                   ffi::AnyBuffer scale, ffi::Buffer<ffi::F32> fixed, ffi::Buffer<ffi::S32> sizes,
+                   ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t group, int64_t level) {
+  const int64_t K = x.dimensions()[2], N = y->dimensions()[2];
   const int use = Used(level);
   if (auto error = Unprepared(values, use); error.failure()) return error;
-  for (int64_t e = 0; e < x.dimensions()[0]; ++e) {
+  return Each(x, values, sizes, [&](int64_t e, int64_t at, int64_t rows) {
+    const Weight w = Matrix(e, values, scale, K, N, group, bits, nullptr, nullptr);
+    const float* fixed_step = fixed.element_count() ? fixed.typed_data() + e : nullptr;
+    IntegerProduct(pool, x.typed_data() + at * K, w, rows, fixed_step, use,
+                   y->typed_data() + at * N);
+  });
+}
+
+ffi::Error Floating(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
+                    ffi::AnyBuffer scale, ffi::Buffer<ffi::U8> zero, ffi::Buffer<ffi::F32> table,
+                    ffi::Buffer<ffi::S32> sizes, ffi::ResultBuffer<ffi::F32> y, int64_t bits,
+                    int64_t group, int64_t parts, int64_t level) {
+  const int64_t K = x.dimensions()[2], N = y->dimensions()[2];
+  const int use = Used(level);
+  if (auto error = Unprepared(values, use); error.failure()) return error;
+  return Each(x, values, sizes, [&](int64_t e, int64_t at, int64_t rows) {
     const Weight w = Matrix(e, values, scale, K, N, group, bits,
                             zero.element_count() ? zero.typed_data() : nullptr,
                             table.typed_data());
-    FloatProduct(pool, x.typed_data() + e * M * K, w, M, static_cast<int>(parts), use,
-                 y->typed_data() + e * M * N);
-  }
-  return ffi::Error::Success();
+    FloatProduct(pool, x.typed_data() + at * K, w, rows, static_cast<int>(parts), use,
+                 y->typed_data() + at * N);
+  });
 }
 
 }  // namespace
@@ -219,13 +235,14 @@ extern "C" int LeanLevel() { return Level(); }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     LeanInteger, Integer,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
-        .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+        .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::S32>>()
+        .Ret<ffi::Buffer<ffi::F32>>()
         .Attr<int64_t>("bits").Attr<int64_t>("group").Attr<int64_t>("level"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     LeanFloating, Floating,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
         .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::U8>>().Arg<ffi::Buffer<ffi::F32>>()
-        .Ret<ffi::Buffer<ffi::F32>>()
+        .Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>()
         .Attr<int64_t>("bits").Attr<int64_t>("group").Attr<int64_t>("parts")
         .Attr<int64_t>("level"));

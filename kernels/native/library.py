@@ -4,6 +4,8 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 TARGETS = dict(lean_integer='LeanInteger', lean_floating='LeanFloating')
 LEVELS = ('C++', 'AVX2', 'AVX512-VNNI', 'AMX')
@@ -43,9 +45,25 @@ def why_not_layout(layout):
   return why_not()
 
 
-def columns(values, batch):
-  """N of values [*batch, rows, N], or [*batch, N / 64, quads, 256] in layout 'panels'."""
-  return values.shape[-1] if values.ndim == len(batch) + 2 else values.shape[-3] * 64
+def product(target, x, values, scale, sizes, level, *more, **how):
+  """[*E M N] float32, of a target's product; see the functions in kernels/*/cpu.py.
+
+  Args:
+    x: [*E M K]; with sizes [E] all rows are one matrix [M K], and values have one axis E.
+    values: [*E rows N], or [*E N/64 quads 256] in layout 'panels'.
+    scale: [*E G N] or [*E G 1].
+    more: the target's other arrays.
+  """
+  *batch, M, K = x.shape
+  E = len(batch) if sizes is None else 1
+  flat = lambda a: a.reshape(-1, *a.shape[E:])
+  N = values.shape[-1] if values.ndim == E + 2 else values.shape[-3] * 64
+  x = x.reshape(-1, M, K).astype(jnp.float32)
+  sizes = jnp.zeros(0, jnp.int32) if sizes is None else sizes.astype(jnp.int32)
+  y = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((x.shape[0], M, N), jnp.float32),
+                       vmap_method='sequential')(x, flat(values), flat(scale), *more, sizes,
+                                                 level=np.int64(level), **how)
+  return y.reshape(*batch, M, N)
 
 
 def takes_panels():

@@ -1,5 +1,4 @@
 """weight_only_matmul on a CPU: the compiled kernel, which keeps no weight in floats."""
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,23 +29,20 @@ def why_not(x, scale, zero, spec, layout):
   return library.why_not()
 
 
-def weight_only_matmul(x, values, scale, zero, spec, level=-1):
+def weight_only_matmul(x, values, scale, zero, spec, level=-1, sizes=None):
   """[*E M N], in x's dtype; operands as of `api.weight_only_matmul`.
 
   Args:
-    level: index of `library.LEVELS`, the most that is used; -1 is all that there is.
+    level, sizes: as of `int8_matmul.cpu.int8_matmul`.
   """
-  flat = lambda a: a.reshape(-1, *a.shape[len(batch):])
-  *batch, M, K = x.shape
   scale = scale if hasattr(scale, 'dtype') else scale.astype(jnp.float32)
   none = jnp.zeros(0, jnp.uint8)
-  y = jax.ffi.ffi_call('lean_floating', jax.ShapeDtypeStruct(
-      (flat(x).shape[0], M, library.columns(values, batch)), jnp.float32), vmap_method='sequential')(
-          flat(x).astype(jnp.float32), flat(values), flat(scale),
-          none if zero is None else flat(zero), table(spec), bits=np.int64(spec.bits),
-          group=np.int64(spec.group or K),
-          parts=np.int64(_PARTS.get(x.dtype.name, 3)), level=np.int64(level))
-  return y.reshape(*batch, M, -1).astype(x.dtype)
+  y = library.product(
+      'lean_floating', x, values, scale, sizes, level,
+      none if zero is None else zero.reshape(-1, *zero.shape[-2:]), table(spec),
+      bits=np.int64(spec.bits), group=np.int64(spec.group or x.shape[-1]),
+      parts=np.int64(_PARTS.get(x.dtype.name, 3)))
+  return y.astype(x.dtype)
 
 
 def table(spec):

@@ -147,10 +147,10 @@ def renewals(config, start, end):
 def written_out(module, params):
   """The module and params with each layer by itself, and weights laid out for the device.
 
-  Inside a loop over tokens, XLA copies a layer's weights out of a stack of layers for every token.
-  Written-out layers are copied once, and need that much memory more; so do weights that are laid out
-  anew, see `prepare`. Large models stay as they are, and the layers of deep ones, whose programs take
-  long to compile.
+  Inside a loop over tokens, XLA copies a layer's weights out of a stack of layers for every
+  token. Written-out layers are copied once, and need that much memory more; so do weights that
+  are laid out anew, see `prepare`. Large models stay as they are, and so do the layers of deep
+  ones, whose programs take long to compile.
   """
   config = module.config
   if tree.nbytes(params) > WRITTEN_OUT:

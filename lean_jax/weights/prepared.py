@@ -10,13 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
-from lean_jax.kernels.grouped_matmul import api as grouped_matmul
-from lean_jax.kernels.int8_matmul import api as int8_matmul
 from lean_jax.kernels.native import library
-from lean_jax.quantization import codes as grid
 from lean_jax.quantization import formats, layouts
+from lean_jax.weights import product
 from lean_jax.weights.base import Weight, from_matrix, matrix_names, pytree, static
-from lean_jax.weights.product import product
 from lean_jax.weights.quantized import Quantized
 
 PLATFORMS = dict(cpu='panels', tpu='int4', gpu='columns')
@@ -63,19 +60,10 @@ class Prepared(Weight):
     return from_matrix(self.matrix(jnp.dtype(self.rest.dtype)), self.dims, self.rest.sizes)
 
   def einsum(self, eqn, x):
-    return product(eqn, x, self.rest, self.values, self.layout)
+    return product.product(eqn, x, self.rest, self.values, self.layout)
 
   def grouped(self, x, sizes):
-    w = self.rest
-    if w.order is not None:
-      of_row = jnp.repeat(w.order, sizes, axis=0, total_repeat_length=x.shape[0])
-      x = jnp.take_along_axis(x, of_row, axis=-1)
-    if w.spec.activation_bits == 8:
-      values = self.values if self.layout == 'int4' else grid.integers(self.codes(), w.spec)
-      return int8_matmul.int8_grouped_matmul(x, values, w.scale, sizes, group=w.spec.group,
-                                             x_scale=w.input_scale, dtype=x.dtype)
-    return grouped_matmul.grouped_weight_only(x, self.values, w.scale, w.zero, w.spec, sizes,
-                                              layout=self.layout)
+    return product.grouped(x, sizes, self.rest, self.values, self.layout)
 
   def take(self, ids):
     w = self.rest

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType
 
+from lean_jax.kernels.grouped_matmul import api as grouped_matmul
 from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.platforms import choice, sharded
 from lean_jax.kernels.weight_only_matmul import api as weight_only
@@ -47,6 +48,19 @@ def product(eqn, x, w, values, layout, implementation=None):
       given = (x2, values, scale.astype(jnp.float32), *given[3:])
     how |= dict(mesh=jax.sharding.get_abstract_mesh(), axes=where)
   return restore(run(*given, **how).astype(x.dtype))
+
+
+def grouped(x, sizes, w, values, layout):
+  """`Weight.grouped` of a Quantized weight; `w`, `values` and `layout` as of `product`."""
+  if w.order is not None:
+    of_row = jnp.repeat(w.order, sizes, axis=0, total_repeat_length=x.shape[0])
+    x = jnp.take_along_axis(x, of_row, axis=-1)
+  if w.spec.activation_bits == 8:
+    values, layout = _integers(w, values, layout)
+    return int8.int8_grouped_matmul(x, values, w.scale, sizes, group=w.spec.group, layout=layout,
+                                    x_scale=w.input_scale, dtype=x.dtype)
+  return grouped_matmul.grouped_weight_only(x, values, w.scale, w.zero, w.spec, sizes,
+                                            layout=layout)
 
 
 def _integers(w, values, layout):

@@ -5,13 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lean_jax.kernels.grouped_matmul import api as grouped_matmul
-from lean_jax.kernels.int8_matmul import api as int8_matmul
 from lean_jax.quantization import codes as grid
 from lean_jax.quantization import formats
 from lean_jax.quantization.nested import Nested
 from lean_jax.quantization.packing import pack, unpack
 from lean_jax.quantization.spec import QuantSpec
+from lean_jax.weights import product
 from lean_jax.weights.base import (
   Weight,
   from_matrix,
@@ -22,7 +21,6 @@ from lean_jax.weights.base import (
   to_matrix,
   unstacked,
 )
-from lean_jax.weights.product import product
 
 
 @pytree
@@ -79,18 +77,10 @@ class Quantized(Weight):
     return from_matrix(self.matrix(jnp.dtype(self.dtype)), self.dims, self.sizes)
 
   def einsum(self, eqn, x):
-    return product(eqn, x, self, self.values, 'packed')
+    return product.product(eqn, x, self, self.values, 'packed')
 
   def grouped(self, x, sizes):
-    if self.order is not None:
-      of_row = jnp.repeat(self.order, sizes, axis=0, total_repeat_length=x.shape[0])
-      x = jnp.take_along_axis(x, of_row, axis=-1)
-    if self.spec.activation_bits == 8:
-      return int8_matmul.int8_grouped_matmul(
-          x, grid.integers(self.codes(), self.spec), self.scale, sizes, group=self.spec.group,
-          x_scale=self.input_scale, dtype=x.dtype)
-    return grouped_matmul.grouped_weight_only(x, self.values, self.scale, self.zero, self.spec,
-                                              sizes)
+    return product.grouped(x, sizes, self, self.values, 'packed')
 
   def take(self, ids):
     if self.dims != 'oi' or self.order is not None:

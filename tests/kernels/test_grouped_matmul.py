@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 
 from lean_jax.kernels.grouped_matmul import api
+from lean_jax.kernels.int8_matmul import api as int8_api
+from lean_jax.kernels.native import library
+from lean_jax.quantization import formats, layouts
+from lean_jax.quantization.spec import parse_spec
 
 SIZES = {'uneven': (3, 0, 17, 1, 0, 43), 'one takes all': (0, 40, 0), 'a row each': (1,) * 5,
          'the last alone': (0, 0, 0, 2), 'few rows': (0, 1, 0, 0, 1, 0, 0, 0), 'blocks': (128, 70)}
@@ -115,3 +119,46 @@ def test_operands_that_do_not_fit_are_refused(change):
 def test_an_unknown_implementation_is_refused():
   with pytest.raises(ValueError, match='there are'):
     api.grouped_matmul(*operands((3, 4)), implementation='fast')
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
+@pytest.mark.parametrize('layout', ['packed', pytest.param('panels', marks=pytest.mark.skipif(
+    not library.takes_panels(), reason='no kernel here reads panels'))])
+@pytest.mark.parametrize('scheme', ['w4a16-g32-asym', 'w8a16', 'nf4-g32-dq', 'w4a8-g32', 'w8a8'])
+def test_experts_in_codes_are_multiplied_as_they_are_on_a_cpu(scheme, layout):
+  sizes, spec = (1, 0, 21, 3), parse_spec(scheme)
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(sum(sizes), 96)), jnp.float32)
+  w = jnp.asarray(rng.normal(size=(len(sizes), 96, 128)), jnp.float32)
+  codes, scale, zero = formats.quantize(w, spec)
+  sizes = jnp.asarray(sizes, jnp.int32)
+  eight = spec.activation_bits == 8
+  wide = scale if hasattr(scale, 'dtype') else scale.astype(jnp.float32)
+  of = lambda layout: layouts.arranged(codes, spec, layout)
+
+  def product(x, scale, layout, form):
+    if eight:
+      return int8_api.int8_grouped_matmul(x, of(layout), scale, sizes, group=spec.group,
+                                          layout=layout, implementation=form)
+    return api.grouped_weight_only(x, of(layout), scale, zero, spec, sizes, layout=layout,
+                                   implementation=form)
+  want = product(x, wide, 'packed', 'xla' if eight else 'reference')
+  got = product(x, wide, layout, 'native')
+  # 96 products of float32 in another order; of a zero point, with codes up to 15
+  np.testing.assert_allclose(got, want, rtol=0, atol=2. ** -23 * 96 * float(jnp.abs(want).max()))
+  assert 'ffi_call' in str(jax.make_jaxpr(lambda x: product(x, wide, layout, None))(x))
+  of_x, of_scale = jax.grad(lambda *a: jnp.sum(jnp.sin(product(*a, layout, None))), (0, 1))(x, wide)
+  by_x, by_scale = jax.grad(lambda *a: jnp.sum(jnp.sin(product(
+      *a, 'packed', 'xla' if eight else 'ragged'))), (0, 1))(x, wide)
+  np.testing.assert_allclose(of_x, by_x, rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(of_scale, by_scale, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
+def test_sizes_of_more_rows_than_there_are_stop_the_kernel():
+  spec = parse_spec('w8a16')
+  codes, scale, zero = formats.quantize(jnp.ones((2, 8, 64)), spec)
+  with pytest.raises(Exception, match='sizes are more than there are rows'):
+    jax.block_until_ready(api.grouped_weight_only(
+        jnp.ones((3, 8)), codes, scale, zero, spec, jnp.asarray([2, 2], jnp.int32),
+        implementation='native'))

@@ -91,7 +91,7 @@ def test_integers_are_multiplied_by_those_of_their_expert(sizes, group, bits):
   sizes = jnp.asarray(sizes, jnp.int32)
   got = int8_tpu.int8_grouped_matmul(*quantize_rows(x), values, scale, sizes, group=group,
                                      blocks=TILE, interpret=True)
-  want = int8_api.int8_grouped_matmul(x, values, scale, sizes, group=group)
+  want = int8_api.int8_grouped_matmul(x, values, scale, sizes, group=group, layout='int4')
   # integers are exact, and scales are powers of two; the last products are rounded once
   np.testing.assert_allclose(got, want, rtol=3e-7)
 
@@ -154,7 +154,8 @@ def test_a_prepared_weight_reaches_the_kernel_of_its_device_or_says_why_not(kind
     assert ('pallas_call' in grad) is (why is None)
     if why:
       w = given.rest
-      product = (functools.partial(int8_api.int8_grouped_matmul, x, given.values, w.scale)
+      product = (functools.partial(int8_api.int8_grouped_matmul, x, given.values, w.scale,
+                                   layout=given.layout)
                  if w.spec.activation_bits == 8 else functools.partial(
                      api.grouped_weight_only, x, given.values, w.scale, w.zero, w.spec,
                      layout='int4'))
@@ -183,12 +184,13 @@ def test_operands_that_do_not_fit_are_refused():
   run = functools.partial(api.grouped_weight_only, spec=spec, layout='int4')
   for change, message in [(dict(x=x[:, :-1]), 'do not fit 63 inputs'), (dict(x=x[0]), 'M K'),
                           (dict(sizes=sizes[:1]), 'do not fit'), (dict(scale=scale[:, :1]), 'fit'),
-                          (dict(implementation='fast'), 'there are: blocks, pallas, ragged')]:
+                          (dict(implementation='fast'), 'there are: native, pallas, blocks')]:
     with pytest.raises(ValueError, match=message):
       run(**dict(dict(x=x, values=values, scale=scale, zero=zero, sizes=sizes), **change))
-  integers = functools.partial(int8_api.int8_grouped_matmul, x, values, scale, sizes, group=32)
+  integers = functools.partial(int8_api.int8_grouped_matmul, x, values, scale, sizes, group=32,
+                               layout='int4')
   assert integers().shape == (7, 6)
   with pytest.raises(ValueError, match='expected'):
-    int8_api.int8_grouped_matmul(x, values, scale[:, :1], sizes, group=32)
+    int8_api.int8_grouped_matmul(x, values, scale[:, :1], sizes, group=32, layout='int4')
   with pytest.raises(ValueError, match='runs on tpu, and this is cpu|is for a TPU'):
     integers(implementation='pallas')

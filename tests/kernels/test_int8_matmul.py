@@ -99,8 +99,8 @@ def test_panels_are_the_same_codes_in_every_implementation():
       np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-5)
     grad = lambda v, layout: jax.grad(lambda s: jnp.sum(api.int8_matmul(
         x, v, s, layout=layout) ** 2))(scale)
-    np.testing.assert_allclose(grad(panels(codes, bits), 'panels'), grad(pack(codes, bits), 'packed'),
-                               rtol=1e-5)
+    np.testing.assert_allclose(grad(panels(codes, bits), 'panels'),
+                               grad(pack(codes, bits), 'packed'), rtol=1e-5)
   with pytest.raises(ValueError, match='expected'):
     api.int8_matmul(x[..., :15], panels(values, 8), scale, layout='panels')
 
