@@ -1,11 +1,12 @@
-"""Products with weights of few bits on this CPU, against XLA's float32 and PyTorch's eight bits.
+"""Products with weights of few bits on this CPU, against XLA's float32 and other libraries' bits.
 
-python benchmarks/kernels.py [--size 4096] [--rows 1 32 512] [--rounds 15]
+taskset -c 0 python benchmarks/kernels.py [--size 4096] [--rows 1 32 512] [--rounds 15]
 
 Each round runs every form once, in turns, on weights that no cache holds any more: as many copies
 of each as exceed 256 MiB. Medians; GOP/s of a second of the processor, all threads together.
-`times` is against XLA's float32. Where torch is installed its dynamic 8-bit product is in the
-table.
+`times` is against XLA's float32. torch, ONNX Runtime (and onnx) and ggml (xllamacpp) are in the
+table where they are installed. On several threads each library's own wait for work for a while
+after theirs, and take the time of whoever is next: on one (taskset) they do not.
 """
 import argparse
 import itertools

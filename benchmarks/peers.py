@@ -120,7 +120,7 @@ class _Ggml:
               result=ctypes.c_size_t)
     self.call('ggml_backend_buffer_set_usage', buffer, ctypes.c_int(1), result=None)   # weights
     self.graphs = {}
-    x, _, graph = self._graph(1)
+    *_, graph = self._graph(1)
     node = self.call('ggml_graph_node', graph, ctypes.c_int(0))
     if not self.call('ggml_backend_dev_supports_op',
                      self.call('ggml_backend_dev_by_type', ctypes.c_int(0)), node,

@@ -59,7 +59,7 @@ RESULTS = '''
 
 {text}
 '''
-MEASURED = ('kernels.py', 'grouped_matmul.py', 'distill_loss.py')      # of benchmarks
+MEASURED = ('kernels.py', 'generate_lean.py', 'grouped_matmul.py', 'distill_loss.py')
 PLATFORMS = {'CPU': ('cpu', 'cpu'), **{f'TPU {n}': ('tpu', n) for n in ('v4', 'v5e', 'v6e', '7x')},
              'NVIDIA H200': ('cuda', 'NVIDIA H200')}
 SIZE = 4096                                            # of a weight
