@@ -8,6 +8,7 @@ from jax import lax
 from lean_jax.kernels.attention_decode import reference, tpu, xla
 from lean_jax.kernels.attention_decode.codes import Codes
 from lean_jax.kernels.attention_decode.softmax import Scores, result
+from lean_jax.kernels.platforms import device
 from lean_jax.kernels.platforms.choice import Form, chosen
 
 __all__ = ['Codes', 'attention_decode', 'attention_decode_paged']
@@ -29,8 +30,8 @@ def attention_decode(q, k, v, visible, *, bits, length=None, layer=None, recent=
     scale: of the scores; None is 1 / sqrt(K).
     softcap: None, or the bound that tanh puts on scores.
     sinks: None, or [N R], the score of attending to nothing.
-    implementation: None is the fastest that the platform has for these operands; 'pallas' (TPU),
-      'xla', or 'reference', in floats all at once.
+    implementation: None is the fastest that the platform has for these operands; 'pallas' (TPU,
+      NVIDIA Hopper), 'xla', or 'reference', in floats all at once.
 
   Returns:
     [N R K], in q's dtype, sums in float32; zeros for a row that sees nothing.
@@ -55,7 +56,7 @@ def attention_decode(q, k, v, visible, *, bits, length=None, layer=None, recent=
   visible = jnp.pad(visible, ((0, 0), (0, S + g - visible.shape[1])))
   if recent is not None:
     recent = recent, lax.dynamic_slice_in_dim(visible, length, g, axis=1)
-  run = chosen('attention_decode', forms(how, k, g, S, layer), implementation)
+  run = chosen('attention_decode', forms(how, q, k, v, g, S), implementation)
   return run(q, k, v, visible[:, :S], length, layer, recent, sinks)
 
 
@@ -87,25 +88,27 @@ def attention_decode_paged(q, k, v, table, lengths, *, bits, window=None, scale=
     raise ValueError(f'sinks {sinks.shape}; expected {q.shape[:2]}, as queries')
   at, ends = jnp.arange(table.shape[1] * n)[None], lengths[:, None]
   visible = (at < ends) & (at >= ends - window if window else True)
-  run = chosen('attention_decode_paged', paged_forms(how, n), implementation)
+  run = chosen('attention_decode_paged', paged_forms(how, q, k, v), implementation)
   return run(q, k, v, table.astype(jnp.int32), lengths.astype(jnp.int32), visible, sinks)
 
 
-def forms(how, k, g, S, layer):
+def forms(how, q, k, v, g, S):
   """The Forms of `attention_decode`: functions of (q, k, v, visible, length, layer, recent, sinks).
   """
-  del k, layer
   bind = lambda f: functools.partial(f, how, g, S)
   return [Form(bind(_pallas), 'pallas', ('tpu',), _why_not(how, _page(S, g)), local=True),
+          Form(bind(_hopper), 'pallas', ('cuda',), _why_not_hopper(q, k, v, g, S), local=True),
           Form(bind(_xla), 'xla'), Form(bind(_reference), 'reference')]
 
 
-def paged_forms(how, n):
+def paged_forms(how, q, k, v):
   """Those of `attention_decode_paged`: of (q, k, v, table, lengths, visible, sinks)."""
-  return [Form(functools.partial(_paged_pallas, how), 'pallas', ('tpu',), _why_not(how, n),
-               local=True),
-          Form(functools.partial(_paged_xla, how), 'xla'),
-          Form(functools.partial(_paged_reference, how), 'reference')]
+  n = v.scale.shape[1]
+  bind = lambda f: functools.partial(f, how)
+  return [Form(bind(_paged_pallas), 'pallas', ('tpu',), _why_not(how, n), local=True),
+          Form(bind(_paged_hopper), 'pallas', ('cuda',),
+               _why_not_hopper(q, k, v, n // k.scale.shape[1], n), local=True),
+          Form(bind(_paged_xla), 'xla'), Form(bind(_paged_reference), 'reference')]
 
 
 def _pallas(how, g, S, q, k, v, visible, length, layer, recent, sinks, interpret=False):
@@ -117,6 +120,18 @@ def _pallas(how, g, S, q, k, v, visible, length, layer, recent, sinks, interpret
   pool = lambda x: x.reshape(-1, n * how.bits // 8, x.shape[-1])
   k, v = (Codes(pool(x.values), grids(x.scale), grids(x.least)) for x in (k, v))
   found = tpu.part(how, q, k, v, pages, jnp.full(N, length), visible, interpret=interpret)
+  return _ended(how, found, q, recent, sinks)
+
+
+def _hopper(how, g, S, q, k, v, visible, length, layer, recent, sinks):
+  from lean_jax.kernels.attention_decode import gpu  # Mosaic GPU, which other platforms may lack
+  del g, S
+  N = q.shape[0]
+  pages = jnp.arange(N, dtype=jnp.int32)[:, None]
+  if layer is not None:
+    pages = pages + jnp.asarray(layer, jnp.int32) * N
+    k, v = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (k, v))
+  found = gpu.part(how, q, k, v, pages, jnp.full(N, length), visible)
   return _ended(how, found, q, recent, sinks)
 
 
@@ -146,6 +161,11 @@ def _paged_pallas(how, q, k, v, table, lengths, visible, sinks, interpret=False)
   return result(found, sinks).astype(q.dtype)
 
 
+def _paged_hopper(how, q, k, v, table, lengths, visible, sinks):
+  from lean_jax.kernels.attention_decode import gpu
+  return result(gpu.part(how, q, k, v, table, lengths, visible), sinks).astype(q.dtype)
+
+
 def _paged_xla(how, q, k, v, table, lengths, visible, sinks):
   found = xla.part(how, q, xla.paged(k, v, table), v.scale.shape[1], visible, jnp.max(lengths))
   return result(found, sinks).astype(q.dtype)
@@ -172,6 +192,24 @@ def _why_not(how, n):
   rows = n * how.bits // 8
   if rows % 32:
     return f'pages of {n} tokens are {rows} rows of bytes; it takes multiples of 32'
+  return None
+
+
+def _why_not_hopper(q, k, v, g, n):
+  """Why the GPU's kernel does not take pages of n tokens, g of a group, or None."""
+  why = device.why_no_hopper()
+  if why:
+    return why
+  K, C = q.shape[2], v.scale.shape[-1]
+  if q.dtype != jnp.bfloat16 or any(a.dtype != jnp.float16 for x in (k, v) for a in x[1:]):
+    return (f'takes queries in bfloat16 and grids in float16, and these are {q.dtype} and '
+            f'{k.scale.dtype}, {k.least.dtype}, {v.scale.dtype}, {v.least.dtype}')
+  if K not in (128, 256) or not (C == 1 or C in (4, 8) and K // C >= 32):
+    return (f'takes 128 or 256 channels, and values with 1, 4 or 8 grids a token, of 32 channels '
+            f'at least; these are {K} channels and {C} grids')
+  if n % 128 or n == 0 or g < 16 or (128 % g and g % 128):
+    return (f'takes pages of multiples of 128 tokens, in groups of 16, 32, 64 or multiples of 128; '
+            f'these are pages of {n} tokens in groups of {g}')
   return None
 
 

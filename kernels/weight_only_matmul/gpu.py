@@ -6,9 +6,9 @@ K ahead. With few rows the weight is what takes time, so K is split too, until t
 reads.
 
 A word has several codes. Each is masked where it is, and its bits are those of a bfloat16 from
-which a constant is taken off (`_numbers`); what it is too large by, a power of two, the column of x
-that meets it is smaller by. So the codes of a word meet columns of x in another order, in which x
-is laid out before. All of it is exact but the sums, in float32.
+which a constant is taken off (`hopper.numbers`); what it is too large by, a power of two, the
+column of x that meets it is smaller by. So the codes of a word meet columns of x in another order,
+in which x is laid out before. All of it is exact but the sums, in float32.
 """
 import math
 
@@ -19,12 +19,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lean_jax.kernels.platforms import hopper
 from lean_jax.kernels.platforms.hopper import CORES, costs, filled, loaded
 from lean_jax.quantization import layouts
 
 ROWS = 64                                  # of x, in a block
 _LINE = 32                                 # float32 numbers that JAX 0.10 copies, at least
-_DEPTH = 16                                # what wgmma sums over at once
 # Rows from which a bfloat16 weight, written out and read once, costs less than what blocks of 64
 # rows take from the cache and convert again; by the bytes and instructions, not by a clock.
 MOST = 512
@@ -99,8 +99,8 @@ def _blocks(bits, symmetric, group, bm, split, x, words, scale, *of_zero):
       *of_zero, total = rest
       stored = loaded(words, (slice(None), slice(None)), plgpu.Layout.WGMMA)
       for g in range(each):
-        codes = _numbers(stored[:, g * width:(g + 1) * width], bits, symmetric)
-        sums = multiplied(codes, x, g * group)
+        codes = hopper.numbers(stored[:, g * width:(g + 1) * width], bits, symmetric)
+        sums = hopper.multiplied(codes, x, g * group)
         if of_zero:
           zero, all_x = of_zero
           sums -= _along(zero, g, 1, sums.shape) * _along(all_x, g, 0, sums.shape)
@@ -109,8 +109,8 @@ def _blocks(bits, symmetric, group, bm, split, x, words, scale, *of_zero):
 
     along = lambda size, at: plgpu.BlockSpec((each, size), lambda k: (s * steps + k, at))
     across = lambda rows, at, size, tile: plgpu.BlockSpec(
-        (rows, each * size), lambda k: (at, s * steps + k), transforms=_tiled(tile, 2))
-    specs = [across(bm, m, group, max(width, _DEPTH)), across(bn, n, width, each * width),
+        (rows, each * size), lambda k: (at, s * steps + k), transforms=hopper.tiled(tile, 2))
+    specs = [across(bm, m, group, max(width, hopper.DEPTH)), across(bn, n, width, each * width),
              along(bn, n)]
     zeros = plgpu.layout_cast(jnp.zeros((bn, bm), jnp.float32), plgpu.Layout.WGMMA)
     if of_zero:
@@ -126,66 +126,15 @@ def _blocks(bits, symmetric, group, bm, split, x, words, scale, *of_zero):
   return plgpu.kernel(
       kernel, out_type=jax.ShapeDtypeStruct((split, N, M), jnp.float32),
       grid=(split, M // bm, N // bn), grid_names=('s', 'm', 'n'),
-      scratch_types=[plgpu.SMEM((bn, bm), jnp.float32, transforms=_tiled(bm, 4))],
+      scratch_types=[plgpu.SMEM((bn, bm), jnp.float32, transforms=hopper.tiled(bm, 4))],
       **costs(2 * M * N * K, 2 * words.size + 2 * x.size + 4 * split * M * N))(
           x, words, scale, *of_zero)
-
-
-def _tiled(size, bytes_each):
-  """How shared memory has rows of so many elements, one below the other."""
-  line = min(128, size * bytes_each)
-  if line < 32:
-    return ()
-  return plgpu.TilingTransform((8, line // bytes_each)), plgpu.SwizzleTransform(line)
 
 
 def _split(steps, blocks, most):
   """The parts of K, of two steps at least, that make no more blocks than `most`."""
   return max(n for n in range(1, steps + 1)
              if n == 1 or (steps % n == 0 and n * blocks <= most and steps // n >= 2))
-
-
-def multiplied(codes, x, start):
-  """codes @ x.T, float32: parts of a matrix in registers, and columns of the block x from `start`.
-
-  Parts that are narrower than what is summed at once are joined first.
-  """
-  each = max(1, _DEPTH // codes[0].shape[1])
-  codes = [jnp.concatenate(codes[k:k + each], axis=1) if each > 1 else codes[k]
-           for k in range(0, len(codes), each)]
-  (N, depth), M = codes[0].shape, x.shape[0]
-
-  def product(sums):
-    for k, left in enumerate(codes):
-      plgpu.wgmma(sums, plgpu.layout_cast(left, plgpu.Layout.WGMMA),
-                  x.at[:, pl.ds(start + k * depth, depth)].T)
-    return sums[...]
-  return pl.run_scoped(product, plgpu.ACC((N, M), jnp.float32))
-
-
-def _numbers(words, bits, symmetric):
-  """The codes of words [N W], int16, as signed bfloat16 times 2**(bits * place), the one in a byte.
-
-  Parts [N W]: the first codes of all words, the second ones, ...
-  Seven bits m under the exponent of 0x4300 are 128 + m. The eighth is the lowest bit of the
-  exponent: 0x4380 is 256. Codes that count from 0 come out less half their range.
-  """
-  parts = []
-  for byte in (words, lax.shift_right_logical(words, np.int16(8))):
-    for place in range(0, 8, bits):
-      mask, sign = (2 ** bits - 1) << place, 1 << (place + bits - 1)
-      if sign < 128:                                       # 128 + what a code counted from 0 is
-        number = _float(byte, mask, 0x4300 ^ (sign if symmetric else 0))
-        parts.append(number - jnp.bfloat16(128 + sign))
-      else:
-        top = _float(byte, sign, 0x4300 ^ (0 if symmetric else sign))            # 128 or 256
-        parts.append(_float(byte, mask ^ sign, 0x4300) - top)
-  return parts
-
-
-def _float(words, mask, flipped):
-  """The bfloat16 of the masked bits of words, some of them flipped."""
-  return lax.bitcast_convert_type((words & np.int16(mask)) ^ np.int16(flipped), jnp.bfloat16)
 
 
 def _along(ref, g, axis, shape):

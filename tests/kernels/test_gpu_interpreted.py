@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lean_jax.kernels.int8_matmul import api as int8_api
 from lean_jax.kernels.int8_matmul import gpu
+from lean_jax.kernels.platforms import hopper
 from lean_jax.kernels.weight_only_matmul import gpu as weight_only
 from lean_jax.kernels.weight_only_matmul import reference
 from lean_jax.quantization import formats, layouts
@@ -92,7 +93,7 @@ def test_masked_bits_are_the_codes(scheme):
   _, values, _, _, spec = operands(scheme, 1, 64, 64)
   bits, each = int(spec.bits), 16 // int(spec.bits)
   words = jax.lax.bitcast_convert_type(values.reshape(64, -1, 2), jnp.int16)
-  got = jnp.stack(weight_only._numbers(words, bits, spec.symmetric), axis=1)
+  got = jnp.stack(hopper.numbers(words, bits, spec.symmetric), axis=1)
   places = jnp.arange(each).reshape(1, 1, each) % (8 // bits)
   got = jnp.swapaxes(got, 1, 2) * 2. ** (-bits * places)
   codes = layouts.codes_of(values, spec, 64, 'columns').astype(jnp.float32).T
@@ -122,7 +123,7 @@ def through_shared_memory(codes, x, start):
         ('w4a16', 2, 256, 64, None), ('w8a16-g64', 9, 128, 128, 1),
         ('w8a16-g16-asym', 2, 64, 64, None), ('w2a16-g64-asym', 70, 128, 64, 1)))])
 def test_weight_only_matmul_equals_the_reference(monkeypatch, scheme, M, K, N, split):
-  monkeypatch.setattr(weight_only, 'multiplied', through_shared_memory)
+  monkeypatch.setattr(hopper, 'multiplied', through_shared_memory)
   x, values, scale, zero, spec = operands(scheme, M, K, N)
   with interpreter():
     got = weight_only.weight_only_matmul(x, values, scale, zero, spec, split=split)
@@ -136,7 +137,7 @@ def test_weight_only_matmul_equals_the_reference(monkeypatch, scheme, M, K, N, s
 @pytest.mark.slow
 @interpreted
 def test_weight_only_matmul_has_axes_of_experts(monkeypatch):
-  monkeypatch.setattr(weight_only, 'multiplied', through_shared_memory)
+  monkeypatch.setattr(hopper, 'multiplied', through_shared_memory)
   x, values, scale, zero, spec = operands('w4a16-g64', 2, 64, 64, (2,))
   with interpreter():
     got = weight_only.weight_only_matmul(x, values, scale, zero, spec)
