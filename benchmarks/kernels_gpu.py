@@ -22,6 +22,7 @@ from lean_jax.kernels.attention_decode.codes import Codes
 from lean_jax.kernels.distill_loss.api import distill_loss
 from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.weight_only_matmul.api import weight_only_matmul
+from lean_jax.nn import rounded
 from lean_jax.quantization.spec import parse_spec
 
 BEYOND = 256 << 20            # bytes, more than the cache has
@@ -109,15 +110,15 @@ def loss(T, V, D):
 
 
 def attention(S, rows=128, R=4, K=128, g=32):
-  """Keys and values of `rows` (texts x heads) of S tokens in 8 bits."""
+  """Keys and values of `rows` (texts x heads) of S tokens in 8 bits, of grids as a cache has."""
   visible = jnp.ones((1, S), bool)
   q = functools.partial(normal, 0, (rows, R, K))
-  half = lambda shape: jnp.full(shape, .01, jnp.float16)
+  half, C = lambda shape: jnp.full(shape, .01, jnp.float16), K // rounded.shared(K)
 
   def quantized():
     grid = lambda shape: (half(shape), half(shape))
     return q(), *(Codes(codes(k, (rows, S, K), jnp.uint8), *grid(shape))
-                  for k, shape in enumerate(((rows, S // g, K), (rows, S, 1)), 1))
+                  for k, shape in enumerate(((rows, S // g, K), (rows, S, C)), 1))
 
   def plain(q, k, v):
     scores = jnp.einsum('nrk,nsk->nrs', q, k, preferred_element_type=jnp.float32) * K ** -.5
@@ -125,7 +126,7 @@ def attention(S, rows=128, R=4, K=128, g=32):
   of, n = functools.partial(Run, operations=4. * rows * R * S * K, peak='bf16'), rows * S * K
   floats = lambda: (q(), normal(1, (rows, S, K)), normal(2, (rows, S, K)))
   return [of('op', '', lambda q, k, v: attention_decode(q, k, v, visible, bits=8), quantized,
-             bytes=2 * n + 4 * (n // g + rows * S)),
+             bytes=2 * n + 4 * (n // g + rows * S * C)),
           of('XLA bf16', 'bf16', plain, floats, bytes=4 * n)]
 
 

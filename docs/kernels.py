@@ -92,15 +92,15 @@ def decoded(bits, paged):
     q = of((N, 4, K), jnp.bfloat16)
 
     def codes(n, S, groups):
-      return attention.Codes(of((n, S * bits // 8, K), jnp.uint8), of(groups, jnp.bfloat16),
-                             of(groups, jnp.bfloat16))
+      return attention.Codes(of((n, S * bits // 8, K), jnp.uint8), of(groups, jnp.float16),
+                             of(groups, jnp.float16))
 
     if not paged:
-      k, v = codes(N, S, (N, S // g, K)), codes(N, S, (N, S, 1))
+      k, v = codes(N, S, (N, S // g, K)), codes(N, S, (N, S, 4))
       return jax.eval_shape(lambda *a: attention.attention_decode(*a, bits=bits), q, k, v,
                             of((8, S), bool))
     P, n = 1024, 128
-    k, v = codes(P, n, (P, n // g, K)), codes(P, n, (P, n, 1))
+    k, v = codes(P, n, (P, n // g, K)), codes(P, n, (P, n, 4))
     return jax.eval_shape(lambda *a: attention.attention_decode_paged(*a, bits=bits), q, k, v,
                           of((N, S // n), jnp.int32), of((N,), jnp.int32))
   return run

@@ -55,7 +55,7 @@ def part(how, q, k, v, pages, lengths, visible, *, split=None):
   by_token = lambda x: pairs(x.reshape(-1)) if C == 1 else x.reshape(P * n // 2, 2 * C)
   seen = visible.reshape(-1, 2).astype(jnp.int32)
   seen = seen[:, 0] + 2 * seen[:, 1]
-  found = _blocks(how, n // groups, C, split, tiles, q, pages, lengths, words(k.values),
+  found = _blocks(how, n // groups, C, len(visible), split, tiles, q, pages, lengths, words(k.values),
                   words(v.values), by_channel(k.scale), by_channel(k.least), by_token(v.scale),
                   by_token(v.least), seen)                              # [split N H K+64 heads]
   by_head = lambda x: jnp.moveaxis(x, -1, 3).reshape(split, N, H * HEADS, *x.shape[3:-1])[:, :, :R]
@@ -63,18 +63,17 @@ def part(how, q, k, v, pages, lengths, visible, *, split=None):
   total, top, least = own[..., :1], own[..., 1:2], own[..., 2:, None]
   mixed = found[..., :K, :].reshape(split, N, H, 2, C, W // C, HEADS)
   mixed = by_head(jnp.moveaxis(mixed, 3, 5)).reshape(split, N, R, C, K // C) + least
-  best = jnp.max(top, axis=0)
+  best = jnp.max(top, axis=0, keepdims=True)
   fade = jnp.exp(top - best)
-  return Part(jnp.sum(mixed.reshape(split, N, R, K) * fade, axis=0), best,
+  return Part(jnp.sum(mixed.reshape(split, N, R, K) * fade, axis=0), best[0],
               jnp.sum(total * fade, axis=0))
 
 
-def _blocks(how, g, C, split, tiles, q, pages, lengths, *codes):
+def _blocks(how, g, C, B, split, tiles, q, pages, lengths, *codes):
   """[split N H K+64 heads], float32: rows of channels, the even ones first, without least numbers;
   then the sums of probabilities, the greatest scores, and C sums of probabilities times least."""
   N, H, _, W, heads = q.shape
-  M, B = pages.shape[1], codes[-1].shape[0] * 2 // (pages.shape[1] * tiles * TILE)
-  groups, width = max(1, TILE // g), codes[0].shape[1]
+  M, groups, width = pages.shape[1], max(1, TILE // g), codes[0].shape[1]
   laid = hopper.tiled(2 * W, 2)
 
   def kernel(q, pages, lengths, *refs):

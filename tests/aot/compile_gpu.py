@@ -1,11 +1,14 @@
 """Compiles an op for an H200 on this machine's CPU, as the op chooses its form, and says into what.
 
 python tests/aot/compile_gpu.py SCHEME M N K [EXPERTS]
+python tests/aot/compile_gpu.py cache|pages BITS ROWS HEADS TOKENS CHANNELS GRIDS GROUP
 
-SCHEME is 'w8a8', an int8_matmul with bias and activation, or that of a weight_only_matmul. Prints a
-line of JSON: the wgmma instructions in the PTX, bytes spilled and registers by ptxas, and the bytes
+SCHEME is 'w8a8', an int8_matmul with bias and activation, or that of a weight_only_matmul; `cache`
+is an attention_decode of the second of three layers, `pages` of pages of 256 tokens. Prints a line
+of JSON: the wgmma instructions in the PTX, bytes spilled and registers by ptxas, and the bytes
 of temporaries in the device's memory.
 """
+import functools
 import json
 import os
 import pathlib
@@ -45,7 +48,7 @@ def compiled(f, *args):
                                       topology='1x1x1').devices[0]
   mesh = jax.sharding.Mesh(np.array([chip]), ('x',))
   one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one) for a in args]
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), args)
   with jax.sharding.set_mesh(mesh):
     return jax.jit(f).trace(*shapes).lower(lowering_platforms=('cuda',)).compile()
 
@@ -71,8 +74,30 @@ def call(scheme, M, N, K, batch):
                                                                  layout='columns')), shapes
 
 
-def main(scheme, M, N, K, *batch):
-  run, shapes = call(scheme, int(M), int(N), int(K), tuple(map(int, batch)))
+def attention(form, bits, N, R, S, K, C, g):
+  """(the function, its ShapeDtypeStructs) of attention_decode, C grids a token's values."""
+  from lean_jax.kernels.attention_decode import api
+  of = jax.ShapeDtypeStruct
+  lead, n = ((3, N), S) if form == 'cache' else ((N * S // 256,), 256)
+  grid = lambda *shape: (of((*lead, *shape), jnp.float16),) * 2
+  codes = of((*lead, n * bits // 8, K), jnp.uint8)
+  args = of((N, R, K), jnp.bfloat16), api.Codes(codes, *grid(n // g, K)), api.Codes(
+      codes, *grid(n, C))
+  if form == 'cache':
+    near = of((N, g, K), jnp.bfloat16)
+    return (lambda q, k, v, visible, at, *recent: api.attention_decode(
+        q, k, v, visible, bits=bits, length=at, layer=1, recent=recent, softcap=30.)), (
+            *args, of((1, S), bool), of((), jnp.int32), near, near)
+  return functools.partial(api.attention_decode_paged, bits=bits), (
+      *args, of((N, S // 256), jnp.int32), of((N,), jnp.int32))
+
+
+def main(scheme, *sizes):
+  sizes = tuple(map(int, sizes))
+  if scheme in ('cache', 'pages'):
+    run, shapes = attention(scheme, *sizes)
+  else:
+    run, shapes = call(scheme, *sizes[:3], sizes[3:])
   done = compiled(run, *shapes)
   files = {f.name: f.read_text(errors='replace') for f in pathlib.Path(FOLDER).rglob('*')
            if f.is_file()}

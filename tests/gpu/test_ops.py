@@ -138,30 +138,41 @@ def cache(rng, bits, N, S, K, g):
   return [Codes(*encoded(draw(), known, Rounding(bits, g), per_token=p)) for p in (False, True)]
 
 
-@pytest.mark.parametrize('implementation', ['xla', None])
+@pytest.mark.parametrize(('implementation', 'dtype'), [
+    ('xla', 'float32'), (None, 'float32'), ('pallas', 'bfloat16'), (None, 'bfloat16')])
 @pytest.mark.parametrize('bits', [8, 4])
-def test_attention_decode(rng, implementation, bits):
-  N, R, S, K = 4, 8, 1024, 128
-  q = jnp.asarray(rng.normal(size=(N, R, K)), jnp.float32)
-  k, v = cache(rng, bits, N, S, K, 32)
+@pytest.mark.parametrize(('R', 'S', 'K', 'length'), [(8, 1024, 128, 900), (9, 4096, 256, 4096)])
+def test_attention_decode(rng, implementation, dtype, bits, R, S, K, length):
+  needs_hopper(implementation)
+  q = jnp.asarray(rng.normal(size=(4, R, K)), dtype)
+  k, v = cache(rng, bits, 4, S, K, 32)
   visible = jnp.asarray(rng.random((2, S)) < .9)
-  run = functools.partial(attention_decode, bits=bits)
-  got = jax.jit(functools.partial(run, implementation=implementation))(q, k, v, visible, length=900)
-  want = on_cpu(functools.partial(run, implementation='reference'), q, k, v, visible, length=900)
-  near(got, want, 1e-4)                                     # float32 sums of 900 terms
+  run = functools.partial(attention_decode, bits=bits, length=length)
+  got = jax.jit(functools.partial(run, implementation=implementation))(q, k, v, visible)
+  want = on_cpu(functools.partial(run, implementation='reference'), q.astype(jnp.float32), k, v,
+                visible)
+  near(got, want, of_sums(dtype))
 
 
+def of_sums(dtype):
+  """How far attention to normal numbers may be off: by sums of 4096 float32; or by roundings to
+  bfloat16 of keys, of values up to 5 and of the result, and scores of order 1 by as much."""
+  return 1e-4 if dtype == 'float32' else 4 * 5 * 2 ** -8
+
+
+@pytest.mark.parametrize(('implementation', 'dtype'), [(None, 'float32'), ('pallas', 'bfloat16')])
 @pytest.mark.parametrize('bits', [8, 4])
-def test_attention_decode_paged(rng, bits):
-  N, R, K, n, M, P = 3, 4, 64, 64, 4, 16
-  q = jnp.asarray(rng.normal(size=(N, R, K)), jnp.float32)
+def test_attention_decode_paged(rng, implementation, dtype, bits):
+  needs_hopper(implementation)
+  N, R, K, n, M, P = 3, 4, 128, 128, 4, 16
+  q = jnp.asarray(rng.normal(size=(N, R, K)), dtype)
   k, v = cache(rng, bits, P, n, K, 32)
   table = jnp.asarray(rng.permutation(P)[:N * M].reshape(N, M), jnp.int32)
   lengths = jnp.asarray(rng.integers(1, n * M + 1, N), jnp.int32)
   run = functools.partial(attention_decode_paged, bits=bits)
-  got = jax.jit(run)(q, k, v, table, lengths)
-  near(got, on_cpu(functools.partial(run, implementation='reference'), q, k, v, table, lengths),
-       1e-4)                                                # float32 sums of 256 terms
+  got = jax.jit(functools.partial(run, implementation=implementation))(q, k, v, table, lengths)
+  near(got, on_cpu(functools.partial(run, implementation='reference'), q.astype(jnp.float32), k, v,
+                   table, lengths), of_sums(dtype))
 
 
 @pytest.mark.parametrize('scheme', ['w8a16', 'w4a16-g32', 'nf4-g64'])

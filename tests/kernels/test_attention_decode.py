@@ -168,6 +168,7 @@ REFUSED = [
     (dict(visible=jnp.ones((B, S + 1), bool)), 'at most'),
     (dict(recent=(jnp.ones((N, g, K)),) * 2), 'length None'),
     (dict(recent=(jnp.ones((N, g + 1, K)),) * 2, length=32), 'recent'),
+    (dict(k=Codes(jnp.ones((N, S, K), 'uint8'), *[jnp.ones((N, S // g, K))] * 2)), 'float16'),
     (dict(sinks=jnp.ones(R)), 'sinks'), (dict(implementation='pallas'), 'runs on tpu'),
     (dict(implementation='fast'), 'there are')]
 

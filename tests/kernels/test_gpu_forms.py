@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lean_jax.kernels.attention_decode import api as attention
 from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.platforms import device
 from lean_jax.kernels.weight_only_matmul import api as weight_only
@@ -91,6 +92,37 @@ def test_a_prepared_weight_is_multiplied_by_the_kernel(scheme):
   run = lambda w, x: jax.grad(lambda x: jnp.sum(w.einsum('bi,io->bo', x).astype(jnp.float32)))(x)
   assert 'mosaic_gpu' in program(lambda w, x: w.einsum('bi,io->bo', x), w, x)
   assert program(run, w, x)
+
+
+def attention_call(R=4, K=128, S=256, C=4, g=32, bits=8, dtype=jnp.bfloat16, paged=False):
+  """The call of an op, its shapes: a cache of 6 rows, or 3 rows of pages of a pool of 6."""
+  grid = lambda *shape: (of(shape, jnp.float16),) * 2
+  codes = of((6, S * bits // 8, K), jnp.uint8)
+  k, v = (attention.Codes(codes, *x) for x in (grid(6, S // g, K), grid(6, S, C)))
+  if paged:
+    return (lambda *a, **kw: attention.attention_decode_paged(*a, bits=bits, **kw)), (
+        of((3, R, K), dtype), k, v, of((3, 2), jnp.int32), of((3,), jnp.int32))
+  return (lambda *a, **kw: attention.attention_decode(*a, bits=bits, **kw)), (
+      of((6, R, K), dtype), k, v, of((2, S), bool))
+
+
+@pytest.mark.parametrize('how', [
+    {}, dict(bits=4, paged=True), dict(R=9, K=256, C=8, g=128), dict(C=1, g=256)])
+def test_a_hopper_attends_to_codes_with_the_kernel(how):
+  run, shapes = attention_call(**how)
+  assert 'mosaic_gpu' in program(run, *shapes, target='h100')
+
+
+@pytest.mark.parametrize(('how', 'why'), [
+    (dict(dtype=jnp.float32), 'queries in bfloat16'),
+    (dict(K=64, C=2), '128 or 256 channels'), (dict(C=8), '32 channels'),
+    (dict(S=192), 'pages of 192 tokens'), (dict(g=8), 'groups of 8'),
+    (dict(S=64, bits=4, paged=True), 'pages of 64 tokens')])
+def test_other_attention_is_xlas(how, why):
+  run, shapes = attention_call(**how)
+  assert 'mosaic_gpu' not in program(run, *shapes)
+  with pytest.raises(ValueError, match=f"'pallas': .*{why}.*; here there are: xla"):
+    program(lambda *a: run(*a, implementation='pallas'), *shapes)
 
 
 def test_other_gpus_have_no_kernel():

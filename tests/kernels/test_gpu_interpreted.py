@@ -2,6 +2,8 @@
 
 Its wgmma is done at once, and what that reads is not among what may race.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lean_jax.kernels.attention_decode import api as attention
 from lean_jax.kernels.int8_matmul import api as int8_api
 from lean_jax.kernels.int8_matmul import gpu
 from lean_jax.kernels.platforms import hopper
@@ -143,3 +146,75 @@ def test_weight_only_matmul_has_axes_of_experts(monkeypatch):
     got = weight_only.weight_only_matmul(x, values, scale, zero, spec)
     one = weight_only.weight_only_matmul(x[1], values[1], scale[1], zero, spec)
   np.testing.assert_array_equal(got[1], one)
+
+
+def cached(bits, N, S, K, C, g, seed=0):
+  """Codes of keys and of values of N rows, numbers from -9 to 1; keys' scales are powers of two."""
+  draw = np.random.default_rng(seed)
+  codes = lambda: jnp.asarray(draw.integers(0, 256, (N, S * bits // 8, K)), jnp.uint8)
+  of = lambda x: jnp.asarray(x * 2. ** (3 - bits), jnp.float16)
+  least = lambda *shape: jnp.asarray(draw.uniform(-9, -7, shape), jnp.float16)
+  return (attention.Codes(codes(), of(2. ** draw.integers(-2, 1, (N, S // g, K))),
+                          least(N, S // g, K)),
+          attention.Codes(codes(), of(draw.uniform(.2, 1, (N, S, C))), least(N, S, C)))
+
+
+def sixteenths(*shape):
+  return jnp.asarray(np.random.default_rng(1).integers(-16, 17, shape) / 16, jnp.bfloat16)
+
+
+@pytest.fixture
+def hopper_attention(monkeypatch):
+  """attention_decode by the kernel, where the interpreter can follow, in two blocks or one a row."""
+  def chosen(op, forms, implementation):
+    del op
+    of = lambda f: f.name == implementation or implementation is None and f.platforms == ('cuda',)
+    return next(f.run for f in forms if of(f))
+  monkeypatch.setattr(hopper, 'multiplied', through_shared_memory)
+  monkeypatch.setattr(hopper, 'CORES', 1)
+  monkeypatch.setattr(attention, 'chosen', chosen)
+
+
+def assert_attended(run, q):
+  """That run of q is what its reference is, but for what the kernel rounds.
+
+  Products of q and keys' scales are exact in bfloat16. One rounding is of each probability times
+  what it meets, which is 4 at most: half the range of codes, or a recent value; and one of the
+  result. Sums of scores are float32, of 256 terms of 9 or less that scale by 1 / 11, and move what
+  lies within 10 by as much of it.
+  """
+  with interpreter():
+    got = np.asarray(run(q), np.float64)
+  want = np.asarray(run(q.astype(jnp.float32), implementation='reference'), np.float64)
+  scores = 256 * 9 / 11 * 2. ** -23
+  bound = 2. ** -8 * (4 + np.abs(want)) + 2 * 10 * scores
+  assert got.shape == q.shape and np.all(np.abs(got - want) <= bound)
+
+
+@interpreted
+@pytest.mark.parametrize(('bits', 'R', 'S', 'K', 'C', 'g', 'length'), [
+    (8, 4, 384, 128, 4, 32, 288), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (4, 9, 256, 128, 1, 16, 256), (8, 1, 512, 256, 8, 256, 256), (4, 8, 128, 256, 4, 64, 0)))])
+def test_a_layers_codes_and_recent_tokens_are_attended_to(hopper_attention, bits, R, S, K, C, g,
+                                                          length):
+  rng = np.random.default_rng(2)
+  near = tuple(jnp.asarray(rng.uniform(-4, 4, (1, g, K)), jnp.bfloat16) for _ in 'kv')
+  seen = jnp.asarray(rng.random((1, S)) < .8)
+  layers = [cached(bits, 1, S, K, C, g, seed) for seed in range(3)]
+  k, v = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+  assert_attended(functools.partial(
+      attention.attention_decode, k=k, v=v, visible=seen, bits=bits, length=length, layer=1,
+      recent=near, softcap=20., sinks=jnp.asarray(rng.normal(size=(1, R)), jnp.float32)),
+                  sixteenths(1, R, K))
+
+
+@interpreted
+@pytest.mark.parametrize(('bits', 'R', 'n', 'lengths', 'window'), [
+    (4, 2, 128, [0, 129, 1], 100), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (8, 12, 256, [256, 300, 512], None), (4, 4, 384, [7, 768, 400], 600)))])
+def test_pages_are_attended_to_as_far_as_rows_go(hopper_attention, bits, R, n, lengths, window):
+  k, v = cached(bits, 7, n, 128, 4, 32)
+  table, ends = jnp.asarray([[6, 6], [5, 3], [2, 6]]), jnp.asarray(lengths)
+  assert_attended(functools.partial(attention.attention_decode_paged, k=k, v=v, table=table,
+                                    lengths=ends, bits=bits, window=window),
+                  sixteenths(3, R, 128))
