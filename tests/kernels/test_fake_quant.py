@@ -26,11 +26,10 @@ def learnable(text, shape, dtype=jnp.float32):
   return draw(*shape, dtype=dtype), jnp.full(of, .25), offset, spec
 
 
-@pytest.mark.parametrize('implementation', [None, 'xla'])
 @pytest.mark.parametrize('scheme', SCHEMES)
-def test_each_form_is_the_reference_bit_for_bit(scheme, implementation):
+def test_what_is_compiled_is_the_reference_bit_for_bit(scheme):
   w, spec = draw(2, 64, 6), parse_spec(scheme)
-  got = jax.jit(lambda w: api.fake_quant(w, spec, implementation=implementation))(w)
+  got = jax.jit(lambda w: api.fake_quant(w, spec))(w)
   np.testing.assert_array_equal(got, api.fake_quant(w, spec, implementation='reference'))
   np.testing.assert_array_equal(got, formats.dequantize(*formats.quantize(w, spec), spec, w.dtype))
 
@@ -58,13 +57,13 @@ def test_a_nan_makes_all_that_shares_its_scale_nan_and_nothing_else(scheme):
   np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize('scheme', ['w4a16', 'w4a16-asym', 'w8a16-tensor', 'w4a16-g64', 'fp8',
-                                    'mxfp4', 'nf4-g64'])
-@pytest.mark.parametrize('dims', ['column', 'row'])
-def test_a_nan_is_kept_however_long_what_shares_a_scale_is(scheme, dims):
+@pytest.mark.parametrize(('scheme', 'shape'), [
+    ('w4a16', (LONG, 3)), ('w4a16-asym', (LONG, 64)), ('w8a16-tensor', (64, LONG)),
+    ('w4a16-g64', (64, LONG)), ('fp8', (LONG, 3)), ('mxfp4', (64, LONG)), ('nf4-g64', (LONG, 3))])
+def test_a_nan_is_kept_however_long_what_shares_a_scale_is(scheme, shape):
   """XLA's maximum of many floats on a CPU is one of numbers alone."""
   spec = parse_spec(scheme)
-  w = draw(*((LONG, 3) if dims == 'column' else (64, LONG))).at[37, 1].set(jnp.nan)
+  w = draw(*shape).at[37, 1].set(jnp.nan)
   got = jax.jit(lambda w: api.fake_quant(w, spec))(w)
   assert np.isnan(got[37, 1])
   group = spec.group or len(w)
@@ -82,8 +81,8 @@ def test_a_nan_in_rows_or_weights_of_a_learned_step_is_kept():
     kept = formats.dequantize(*learned.stored(v, step, offset, spec), spec, v.dtype)
     size = 24 * 6 if spec.tensor else spec.group or 24
     assert np.isnan(kept[11, 2]) and np.isnan(kept).sum() == size
-    _, pull = jax.vjp(lambda s, v=v, o=offset, spec=spec: api.learned_step(v, s, o, spec), step)
-    assert np.isnan(pull(jnp.ones_like(v))[0]).sum() == 1
+  _, pull = jax.vjp(lambda s: api.learned_step(v, s, offset, spec), step)
+  assert np.isnan(pull(jnp.ones_like(v))[0]).all()
 
 
 @pytest.mark.parametrize(('shape', 'axis'), [((3, LONG), -1), ((LONG, 3), 0), ((64, 64, 40), 1),
@@ -96,13 +95,13 @@ def test_the_greatest_magnitude_is_that_of_numpy_with_its_nans(shape, axis):
     np.testing.assert_array_equal(got, np.max(np.abs(x), axis=axis))
 
 
-@pytest.mark.parametrize('rows', [1, 2, 15, 17, 31, 255, 4096, 4097])
+@pytest.mark.parametrize('rows', [1, 3, 31, 4096, 4097])
 def test_a_sum_in_one_order_is_a_sum_and_writes_little_out(rows):
   x = draw(rows, 40)
   run = jax.jit(lambda x: total_of(x, 0, jnp.abs)).lower(x).compile()
   want = np.abs(np.asarray(x, np.float64)).sum(axis=0)
-  # of positive numbers, which pass through no more than 15 additions in each of 4 steps
-  np.testing.assert_allclose(run(x), want, rtol=60 * 2. ** -24)
+  # of positive numbers, which pass through 3 additions in each of 7 steps
+  np.testing.assert_allclose(run(x), want, rtol=21 * 2. ** -24)
   assert run.memory_analysis().temp_size_in_bytes <= x.nbytes // 4 + 4096
 
 
