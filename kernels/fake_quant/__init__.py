@@ -1,1 +1,1 @@
-"""Rounding in training: the value is rounded, the gradient passes straight through."""
+"""Rounding in training: the value is rounded; the gradient passes straight, or learns the step."""

@@ -3,7 +3,6 @@
 Symbols of the papers: v a weight, s its step, beta its offset, n and p the least and the greatest
 code (-Q_N and Q_P), N the number of weights that share a step.
 """
-import functools
 import math
 
 import jax
@@ -13,12 +12,16 @@ from lean_jax.quantization import codes as grid
 from lean_jax.quantization import formats
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def learned_step(v, step, offset, spec):
-  """v rounded to the grid of its step and offset, in v's dtype.
+def rounded(v, step, offset, *, spec):
+  """What the codes of `encode` stand for, in v's dtype; a NaN stays one."""
+  codes, scale, zero = encode(v, step, offset, spec)
+  return jnp.where(jnp.isnan(v), v, formats.dequantize(codes, scale, zero, spec, v.dtype))
 
-  Forward it is what the codes of `encode` stand for, bit for bit. Backward, with
-  u = (v - beta) / s (LSQ, equation 3; LSQ+, equations 5 and 6):
+
+def gradients(v, step, offset, g, spec):
+  """Those of v, step and offset, of the gradient g of `rounded`.
+
+  With u = (v - beta) / s (LSQ, equation 3; LSQ+, equations 5 and 6):
 
     d/dv     1 where n < u < p, else 0
     d/ds     round(u) - u where n < u < p, else n or p
@@ -26,15 +29,25 @@ def learned_step(v, step, offset, spec):
 
   the last two times 1 / sqrt(N p) (LSQ, section 2.2). Through the rounding of the step and of the
   offset as they are stored the gradient passes straight.
-
-  Args:
-    v: [..., I, O], float.
-    step: [..., G, O], float32; [..., 1, 1] where one serves a matrix.
-    offset: as step, or None of a symmetric spec.
-    spec: QuantSpec of code 'int'.
   """
-  codes, scale, zero = encode(v, step, offset, spec)
-  return formats.dequantize(codes, scale, zero, spec, v.dtype)
+  _, scale, zero = encode(v, step, offset, spec)
+  up = formats.grouped(g.astype(jnp.float32), spec)                      # [..., G, g, O]
+  u = formats.grouped(v.astype(jnp.float32), spec) / scale[..., None, :].astype(jnp.float32)
+  if zero is not None:
+    u = u + zero[..., None, :].astype(jnp.float32)
+  inside = (spec.low < u) & (u < spec.high)
+  share = 1 / jnp.sqrt(sharing(v.shape, spec) * spec.high)
+  share = share.reshape((1,) * (v.ndim - 2) + share.shape)
+  slope = jnp.where(inside, jnp.round(u) - u, jnp.clip(u, spec.low, spec.high))
+  within = jnp.where(inside, up, 0)
+  dstep = per_step(up * slope, spec) * share
+  doffset = None if offset is None else per_step(up - within, spec) * share
+  if spec.group:
+    # XLA makes one loop over v and g of the sums and of an array of the shape that they are over:
+    # the array keeps that shape, and the sums take what it is made of.
+    within = jax.lax.optimization_barrier(within)
+  return (formats.ungrouped(within, v.shape[-2]).astype(v.dtype), dstep.astype(step.dtype),
+          None if offset is None else doffset.astype(offset.dtype))
 
 
 def encode(v, step, offset, spec):
@@ -54,6 +67,13 @@ def encode(v, step, offset, spec):
   return formats.ungrouped(codes, v.shape[-2]), scale, zero
 
 
+def stored(v, step, offset, spec):
+  """codes, scale, zero of `encode`, the scale NaN where a weight that it serves is one."""
+  codes, scale, zero = encode(v, step, offset, spec)
+  total = per_step(jnp.abs(formats.grouped(v.astype(jnp.float32), spec)), spec)
+  return codes, jnp.where(jnp.isnan(total), jnp.nan, scale), zero
+
+
 def sharing(shape, spec):
   """[G 1], or [1 1]: how many weights of a matrix [..., I, O] share each step."""
   I, O = shape[-2:]
@@ -67,27 +87,6 @@ def per_step(x, spec):
   """Sums of [..., G, g, O] over the weights that share a step."""
   x = jnp.sum(x, axis=-2)
   return jnp.sum(x, axis=(-2, -1), keepdims=True) if spec.tensor else x
-
-
-def _backward(spec, saved, g):
-  v, step, offset = saved
-  _, scale, zero = encode(v, step, offset, spec)
-  up = formats.grouped(g.astype(jnp.float32), spec)                      # [..., G, g, O]
-  u = formats.grouped(v.astype(jnp.float32), spec) / scale[..., None, :].astype(jnp.float32)
-  if zero is not None:
-    u = u + zero[..., None, :].astype(jnp.float32)
-  inside = (spec.low < u) & (u < spec.high)
-  share = 1 / jnp.sqrt(sharing(v.shape, spec) * spec.high)
-  share = share.reshape((1,) * (v.ndim - 2) + share.shape)
-  slope = jnp.where(inside, jnp.round(u) - u, jnp.clip(u, spec.low, spec.high))
-  dstep = per_step(up * slope, spec) * share
-  doffset = None if offset is None else per_step(jnp.where(inside, 0, up), spec) * share
-  return formats.ungrouped(jnp.where(inside, up, 0), v.shape[-2]).astype(v.dtype), dstep, doffset
-
-
-learned_step.defvjp(
-    lambda v, step, offset, spec: (learned_step(v, step, offset, spec), (v, step, offset)),
-    _backward)
 
 
 def mean_magnitude(v, spec):

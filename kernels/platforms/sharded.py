@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.quantize_rows import reference as rows
+from lean_jax.quantization.codes import magnitude
 from lean_jax.kernels.weight_only_matmul import api as weight_only
 from lean_jax.quantization import layouts
 from lean_jax.quantization.packing import unit
@@ -182,7 +183,7 @@ _straight.defvjp(lambda x, step: (_straight(x, step), (x, step)),
 
 def _agreed(x, axis):
   """The steps [M 1] of rows of which each device along an axis holds a part."""
-  top = rows.greatest(lax.stop_gradient(x).astype(jnp.float32))
+  top = magnitude(lax.stop_gradient(x).astype(jnp.float32), -1, keepdims=True)
   bits = lax.pmax(lax.bitcast_convert_type(top, jnp.int32), axis)         # keeps a NaN
   return rows.step_of(lax.bitcast_convert_type(bits, jnp.float32))
 

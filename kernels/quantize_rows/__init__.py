@@ -1,1 +1,1 @@
-"""Rows of numbers as 8-bit integers and a step each, in one pass."""
+"""Rows of numbers as integers of 8 or 4 bits and a step each, in one pass."""

@@ -5,48 +5,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_PART = np.float32(1 / 127)
+from lean_jax.quantization.codes import magnitude
+from lean_jax.quantization.packing import pack, unpack
+
+HIGH = {8: 127, 4: 7}         # bits -> the greatest code
 
 
-def quantize_rows(x, scale=None):
-  """Each row of x on its own symmetric 8-bit grid, or all on a given one.
+def quantize_rows(x, scale=None, bits=8):
+  """Each row of x on its own symmetric grid, or all on a given one.
 
   Args:
     x: [... M K], float.
     scale: None, or [...], of each matrix.
+    bits: of a code, 8 or 4.
 
   Returns:
-    codes [... M K], int8 in -127..127; scale [... M 1], float32. A row of zeros has scale 1;
-    a row with a NaN has scale NaN, so that the NaN reaches the product.
+    codes [... M K], int8 in -127..127; of four bits bytes, see `packed`. scale [... M 1], float32.
+    A row of zeros has scale 1; a row with a NaN has scale NaN, so that the NaN reaches the product.
   """
   wide = x.astype(jnp.float32)
   given = None if scale is None else scale.reshape(*scale.shape, 1, 1)
-  step = step_of(greatest(wide), given)
-  return encoded(wide, step).astype(jnp.int8), step
+  step = step_of(magnitude(wide, -1, keepdims=True), given, bits)
+  codes = encoded(wide, step, bits).astype(jnp.int8)
+  return codes if bits == 8 else packed(codes), step
 
 
-def greatest(wide):
-  """The greatest magnitude of each row of float32, [... M 1]; NaN where a row has one.
-
-  It is that of the bits as integers, among which a NaN is above all numbers: XLA's maximum of
-  floats loses a NaN on CPUs where rows are long enough to be vectors.
-  """
-  bits = jax.lax.bitcast_convert_type(jnp.abs(wide), jnp.int32)
-  return jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1, keepdims=True), jnp.float32)
+def packed(codes):
+  """Codes of four bits [... M K], int8, as uint8 [... M ceil(K/2)], the first in the lower bits."""
+  return jnp.swapaxes(pack(jnp.swapaxes(codes, -1, -2), 4), -1, -2)
 
 
-def step_of(top, given=None):
+def unpacked(values, K):
+  """The inverse of `packed`, int8 [... M K]."""
+  codes = jnp.swapaxes(unpack(jnp.swapaxes(values, -1, -2), 4, K), -1, -2)
+  return (codes ^ 8).astype(jnp.int8) - jnp.int8(8)
+
+
+def step_of(top, given=None, bits=8):
   """The step [... M 1] of rows of greatest magnitude `top`; the given one unless that is NaN."""
   if given is None:
-    return jnp.where(top == 0, 1, top * _PART)
+    return jnp.where(top == 0, 1, top * np.float32(1 / HIGH[bits]))
   return jnp.where(jnp.isnan(top), top, given.astype(jnp.float32))
 
 
-def encoded(wide, step):
-  """The codes of float32 numbers, float32 in -127..127; 0 of a NaN."""
+def encoded(wide, step, bits=8):
+  """The codes of float32 numbers, float32 in -127..127 or -7..7; 0 of a NaN."""
   # A product, as of a range's part: compilers make one of a division where they like.
   codes = jnp.round(wide * (1 / step))
-  return jnp.clip(jnp.where(jnp.isnan(codes), 0, codes), -127, 127)
+  return jnp.clip(jnp.where(jnp.isnan(codes), 0, codes), -HIGH[bits], HIGH[bits])
 
 
 def normed(x, scale, epsilon, offset):

@@ -3,18 +3,24 @@
 XLA (compiled for v5e) reads x once for the greatest magnitude and again to round it, and once more
 for the norm: 5 bytes a bfloat16 number, 7 with the norm, where here it is 3. A Hadamard product it
 writes out in float32. Only what fits in VMEM whole does it read once by itself.
+
+Neighbours that share a byte are in neighbouring lanes, which no instruction adds: the matrix units
+do, times a matrix of 1 and 16 for every 256 numbers, exactly.
 """
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lean_jax.kernels.quantize_rows import reference
+from lean_jax.quantization.codes import magnitude
 
 VMEM = 10 * 2 ** 20           # bytes of a block and its temporaries, of 16 MiB on the smallest chip
 SUBLANES = 32                 # rows of a tile of int8
+PACKED = 256                  # codes that become a tile of bytes, 128 lanes
 
 
 def rows(M, K, itemsize):
@@ -35,7 +41,7 @@ def why_not(x, block):
   return None
 
 
-def quantize_rows(x, scale=None, norm=None, *, epsilon=None, offset=0., block=None,
+def quantize_rows(x, scale=None, norm=None, *, bits=8, epsilon=None, offset=0., block=None,
                   interpret=False):
   """See api.quantize_rows."""
   *batch, M, K = x.shape
@@ -51,32 +57,53 @@ def quantize_rows(x, scale=None, norm=None, *, epsilon=None, offset=0., block=No
   if scale is not None:
     each = jnp.broadcast_to(scale.astype(jnp.float32)[..., None], (*batch, M))
     operands['given'] = (each.reshape(R, 1), row(1))
+  width, dtype = (K, jnp.int8) if bits == 8 else (-(-K // 2), jnp.uint8)
+  if bits == 4:
+    operands['pairs'] = whole(jnp.asarray(_pairs(min(K, PACKED)), jnp.bfloat16))
   arrays, specs = zip(*operands.values())
   codes, step = pl.pallas_call(
-      functools.partial(_kernel, tuple(operands), epsilon, offset),
-      grid=(pl.cdiv(R, most),), in_specs=specs, out_specs=[row(K), row(1)],
-      out_shape=[jax.ShapeDtypeStruct((R, K), jnp.int8),
+      functools.partial(_kernel, tuple(operands), bits, epsilon, offset),
+      grid=(pl.cdiv(R, most),), in_specs=specs, out_specs=[row(width), row(1)],
+      out_shape=[jax.ShapeDtypeStruct((R, width), dtype),
                  jax.ShapeDtypeStruct((R, 1), jnp.float32)],
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
       cost_estimate=pl.CostEstimate(
-          flops=R * K * (6 + 4 * (norm is not None) + 2 * (block or 0)), transcendentals=R,
-          bytes_accessed=R * (K * (x.dtype.itemsize + 1) + 4)),
+          flops=R * K * (6 + 4 * (norm is not None) + 2 * (block or 0) + PACKED * (bits == 4)),
+          transcendentals=R, bytes_accessed=R * (K * x.dtype.itemsize + width + 4)),
       interpret=interpret, name='quantize_rows')(*arrays)
-  return codes.reshape(x.shape), step.reshape(*batch, M, 1)
+  return codes.reshape(*batch, M, width), step.reshape(*batch, M, 1)
 
 
-def _kernel(names, epsilon, offset, *refs):
+def _kernel(names, bits, epsilon, offset, *refs):
   *given, codes, step = refs
   given = dict(zip(names, given))
   x = given['x'][...]
   if 'norm' in given:
     x = reference.normed(x, given['norm'][0], epsilon, offset)
   wide = (_rotated(x, given['signs'][...]) if 'signs' in given else x).astype(jnp.float32)
-  nan = jnp.max(jnp.isnan(wide).astype(jnp.float32), axis=-1, keepdims=True)
-  top = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)     # which may lose a NaN on its way
-  top = jnp.where(nan > 0, jnp.nan, top)
-  step[...] = reference.step_of(top, given['given'][...] if 'given' in given else None)
-  codes[...] = reference.encoded(wide, step[...]).astype(jnp.int32).astype(jnp.int8)
+  step[...] = reference.step_of(magnitude(wide, -1, keepdims=True),
+                                given['given'][...] if 'given' in given else None, bits)
+  found = reference.encoded(wide, step[...], bits)
+  if bits == 4:
+    found = _packed(found, given['pairs'][...])
+  codes[...] = found.astype(jnp.int32).astype(codes.dtype)
+
+
+def _packed(codes, pairs):
+  """Float32 codes [R K] as the bytes of `reference.packed`, float32 [R ceil(K/2)]."""
+  nibbles = jnp.where(codes < 0, codes + 16, codes).astype(jnp.bfloat16)
+  K, parts = codes.shape[1], []
+  for k in range(0, K, PACKED):
+    part = nibbles[:, k:k + PACKED]
+    size = part.shape[1]
+    parts.append(jnp.matmul(part, pairs[:size, :-(-size // 2)], preferred_element_type=jnp.float32))
+  return jnp.concatenate(parts, axis=1)
+
+
+def _pairs(size):
+  """[size ceil(size/2)]: 1 and 16 where a code is the first and the second of a byte."""
+  at = np.arange(size)
+  return np.where(at[:, None] // 2 == np.arange(-(-size // 2)), np.where(at % 2, 16, 1)[:, None], 0)
 
 
 def _rotated(x, signs):

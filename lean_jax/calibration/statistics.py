@@ -5,6 +5,7 @@ import numpy as np
 from flax import struct
 
 from lean_jax.kernels.grouped_matmul import api as grouped_matmul
+from lean_jax.quantization.codes import magnitude
 
 BINS, EACH, LEAST = 512, 16, -20          # of sizes: so many an octave, from 2 ** LEAST on
 
@@ -16,7 +17,7 @@ class Statistics(struct.PyTreeNode):
     rows: [*e], M, how many inputs there were.
     second: [*e I I], the sum of x x^T; None if it was not asked for.
     size: [*e I], the sum of |x|.
-    top: [*e I], the largest |x|.
+    top: [*e I], the largest |x|; NaN where there was one.
     histogram: [*e BINS], how many |x| of each size there were, see `quantile`; None if it was not
       asked for, or is not known.
     finite: [*e], bool, whether there was no NaN and no infinity.
@@ -58,7 +59,7 @@ def of_matrix(x, weights=None, *, second=True, histogram=True):
   return Statistics(
       jnp.broadcast_to(count, batch),
       jnp.swapaxes(x, -1, -2) @ x if second else None,
-      jnp.sum(size, axis=-2), jnp.max(size, axis=-2, initial=0.),
+      jnp.sum(size, axis=-2), magnitude(x, -2),
       counts, jnp.all(jnp.isfinite(x), axis=(-2, -1)))
 
 

@@ -35,6 +35,8 @@ _FLOATS = dict(fp8=ml_dtypes.float8_e4m3fn, fp8_e5m2=ml_dtypes.float8_e5m2,
                mxfp8=ml_dtypes.float8_e4m3fn)
 _TOP = dict(fp8=448., fp8_e5m2=57344., mxfp8=448., mxfp4=6.)     # the greatest value
 _BIAS = 127                   # of a power of two in eight bits
+_NO_POWER = 255               # is NaN (section 5.4.1)
+_FAN = 4                      # parts that `total_of` adds at a time
 
 
 def fit(x, spec, rows, shrink=1.):
@@ -48,20 +50,21 @@ def fit(x, spec, rows, shrink=1.):
 
   Returns:
     scale [..., G, O] as it will be stored, zero [..., G, O] uint8 or None. A group of zeros has
-    scale 1.
+    scale 1; one with a NaN has scale NaN, so that all its values are.
   """
   if spec.code in ('binary', 'ternary'):
-    return positive(_mean(jnp.abs(x), spec, rows) * shrink, spec), None
-  most = lambda v: jnp.max(v, axis=(-3, -2, -1))[..., None, None] if spec.tensor else (
-      jnp.max(v, axis=-2))
+    return positive(_mean(x, spec, rows, jnp.abs) * shrink, spec), None
+  axes = (-3, -2, -1) if spec.tensor else -2
+  shared = lambda v: v[..., None, None] if spec.tensor else v
   if spec.code != 'int':
-    top = most(jnp.abs(x)) * shrink
+    top = shared(magnitude(x, axes)) * shrink
     if spec.code in ('mxfp4', 'mxfp8'):
       return _power(top, spec), None
     return positive(top * (1 / _TOP.get(spec.code, 1.)), spec), None
   if spec.symmetric:
-    return positive(most(jnp.abs(x)) * shrink * (1 / spec.high), spec), None
-  top, bottom = jnp.maximum(most(x), 0) * shrink, jnp.minimum(-most(-x), 0) * shrink
+    return positive(shared(magnitude(x, axes)) * shrink * (1 / spec.high), spec), None
+  top = jnp.maximum(shared(with_nan(jnp.max(x, axis=axes), x, axes)), 0) * shrink
+  bottom = jnp.minimum(shared(jnp.min(x, axis=axes)), 0) * shrink
   scale = positive((top - bottom) * (1 / (spec.high - spec.low)), spec)
   zero = jnp.round(-bottom / scale.astype(jnp.float32))
   return scale, jnp.clip(zero, spec.low, spec.high).astype(jnp.uint8)
@@ -134,7 +137,8 @@ def wide(scale, spec):
   if spec.code not in ('mxfp4', 'mxfp8'):
     return scale.astype(jnp.float32)
   bits = scale.astype(jnp.int32) << 23                   # the exponent's place in a float32
-  return jax.lax.bitcast_convert_type(jnp.where(bits == 0, 1 << 22, bits), jnp.float32)
+  value = jax.lax.bitcast_convert_type(jnp.where(bits == 0, 1 << 22, bits), jnp.float32)
+  return jnp.where(scale == _NO_POWER, jnp.nan, value)
 
 
 def stored_dtype(spec):
@@ -144,27 +148,52 @@ def stored_dtype(spec):
   return jnp.bfloat16 if spec.group and spec.code not in _TABLES else jnp.float32
 
 
-def total_of(x, axis):
-  """Sums along an axis by halves: the same bits in whatever program; `jnp.sum` promises none."""
+def magnitude(x, axis, keepdims=False):
+  """The greatest magnitude along axes, 0 of nothing; NaN where there is a NaN."""
+  return with_nan(jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims, initial=0), x, axis, keepdims)
+
+
+def with_nan(found, x, axis, keepdims=False):
+  """What was found along axes of x, or NaN where x has one there.
+
+  On CPUs the maximum and the minimum that XLA takes along an axis lose a NaN. A sum of magnitudes
+  keeps it, and is never NaN without one; compilers take it in the same pass, or in one as fast.
+  """
+  total = jnp.sum(jnp.abs(x), axis=axis, keepdims=keepdims)
+  return jnp.where(jnp.isnan(total), jnp.nan, found)
+
+
+def total_of(x, axis, each=lambda part: part):
+  """Sums of each(x) along an axis in one order: the same bits in whatever program, which
+  `jnp.sum` does not promise.
+
+  A quarter of the rows is left after each step, sums of four that are far apart: compilers make
+  one loop of a few steps, and little is written out.
+  """
   x = jnp.moveaxis(x, axis, 0)
-  while x.shape[0] > 1:
-    half = x.shape[0] // 2
-    odd = x[2 * half:]
-    x = jnp.concatenate([x[:half] + x[half:2 * half], odd])
-  return x[0]
+  while (rows := x.shape[0]) > 1:
+    parts = min(_FAN, rows)
+    size = rows // parts
+    total = each(x[:size])
+    for k in range(1, parts):
+      total = total + each(x[k * size:(k + 1) * size])
+    x = jnp.concatenate([total, each(x[parts * size:])]) if rows % parts else total
+    each = lambda part: part
+  return each(x[0])
 
 
 def positive(scale, spec):
-  """Scales as they are stored, 1 in the place of 0."""
-  scale = jnp.where(scale > 0, scale, 1).astype(stored_dtype(spec))
-  return jnp.where(scale > 0, scale, jnp.finfo(scale.dtype).tiny)       # what rounded to zero
+  """Scales as they are stored, 1 in the place of 0; a NaN stays one."""
+  scale = jnp.where(scale == 0, 1, scale).astype(stored_dtype(spec))
+  return jnp.where(scale == 0, jnp.finfo(scale.dtype).tiny, scale)      # what rounded to zero
 
 
-def _mean(x, spec, rows):
-  """The mean of what shares a scale, [..., G, O] or [..., 1, 1]; x as `fit` takes it."""
+def _mean(x, spec, rows, each=lambda part: part):
+  """The mean of what shares a scale, of each(x), [..., G, O] or [..., 1, 1]; x as `fit` takes it.
+  """
   G, g = x.shape[-3:-1]
   count = jnp.clip(rows - g * jnp.arange(G), 1, g).reshape((1,) * (x.ndim - 3) + (G, 1))
-  total = total_of(x, -2)
+  total = total_of(x, -2, each)
   if spec.tensor:
     total = total_of(total_of(total, -2)[..., None], -2)[..., None]
     count = jnp.full((1,) * total.ndim, rows * x.shape[-1])
@@ -174,7 +203,8 @@ def _mean(x, spec, rows):
 def _power(top, spec):
   """Exponents: that of the largest value, less that of the code's greatest (section 6.3)."""
   exponent = jnp.frexp(top)[1] - 1 - int(np.log2(_TOP[spec.code]))
-  return jnp.clip(jnp.where(top > 0, exponent, 0) + _BIAS, 1, 254).astype(jnp.uint8)
+  power = jnp.clip(jnp.where(top > 0, exponent, 0) + _BIAS, 1, 254)
+  return jnp.where(jnp.isnan(top), _NO_POWER, power).astype(jnp.uint8)
 
 
 def _nearest(unit, table):

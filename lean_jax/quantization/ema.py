@@ -10,6 +10,7 @@ import optax
 from lean_jax import tree
 from lean_jax.errors import InputError
 from lean_jax.kernels.fake_quant import reference
+from lean_jax.quantization.codes import magnitude
 from lean_jax.weights.base import pytree, static
 from lean_jax.weights.trained import with_inputs
 
@@ -56,14 +57,14 @@ class Average:
 
   def rounded(self, x):
     """x [*e M K] in the range of each matrix; in its own before the first batch."""
-    top = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=(-2, -1))
+    top = magnitude(x.astype(jnp.float32), (-2, -1))
     step = followed(self.range, top, self.decay)
     return fixed(x, step[..., None, None])
 
   def rounded_rows(self, x, sizes):
     """x [M K], `sizes` rows of each expert, in the range of each."""
     expert = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
-    top = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1)
+    top = magnitude(x.astype(jnp.float32), -1)
     top = jax.ops.segment_max(top, expert, sizes.shape[0], indices_are_sorted=True)
     step = followed(self.range, jnp.maximum(top, 0), self.decay)
     return fixed(x, step[expert][:, None])
@@ -78,16 +79,16 @@ def followed(range, top, decay):
   """The step [...] of a range [...], or of a batch's top magnitude [...] before there is one.
 
   The cotangent of the range is what descent at rate 1 has to take off it: `ema` says why. A batch
-  of zeros, or an expert without rows, leaves it.
+  of zeros, or an expert without rows, leaves it; one with a NaN makes it NaN.
   """
-  range = jnp.where(range > 0, range, top)
-  return jnp.where(range > 0, range, 1) / 127
+  range = jnp.where(range <= 0, top, range)
+  return jnp.where(range <= 0, 1, range) / 127
 
 
 def _backward(decay, saved, g):
   range, top = saved
-  distance = jnp.where(range > 0, (1 - decay) * (range - top), -top)
-  return jnp.where(top > 0, distance, 0), jnp.zeros_like(top)
+  distance = jnp.where(range <= 0, -top, (1 - decay) * (range - top))
+  return jnp.where(top <= 0, 0, distance), jnp.zeros_like(top)
 
 
 followed.defvjp(lambda range, top, decay: (followed(range, top, decay), (range, top)), _backward)

@@ -5,6 +5,7 @@ import numpy as np
 
 from lean_jax.calibration.statistics import quantile, sizes
 from lean_jax.errors import InputError
+from lean_jax.quantization.codes import magnitude
 
 RANGES = ('absmax', 'percentile', 'mse')
 PERCENTILE = .9999            # Wu et al. 2020 (arXiv:2004.09602), table 5: 99.99% serves best
@@ -30,7 +31,7 @@ def input_step(stats, how='absmax'):
   """
   if how not in RANGES:
     raise InputError(f'a range of activations by {how!r}; give one of {", ".join(RANGES)}')
-  top = jnp.max(stats.top, axis=-1)
+  top = magnitude(stats.top, -1)
   if how != 'absmax' and stats.histogram is None:
     raise InputError(f'a range by {how!r} of inputs that were scaled; give inputs="absmax"')
   if how == 'percentile':

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lean_jax.quantization.codes import magnitude
 from lean_jax.quantization.equalization import LEAST
 
 
@@ -21,8 +22,8 @@ def smooth_scales(matrices, stats, spec, alpha=.5):
     spec: the QuantSpec that they will be rounded to; the scales do not depend on it.
     alpha: how much of the difficulty moves into the weights, 0 to 1.
   """
-  outer = lambda x: jnp.max(x, axis=tuple(range(x.ndim - 1)))
-  top = jnp.max(jnp.stack([outer(s.top) for s in stats]), axis=0)
-  most = jnp.max(jnp.stack([outer(jnp.max(jnp.abs(w), axis=-1)) for w in matrices]), axis=0)
+  outer = lambda x: magnitude(x, tuple(range(x.ndim - 1)))
+  top = magnitude(jnp.stack([outer(s.top) for s in stats]), 0)
+  most = magnitude(jnp.stack([outer(magnitude(w, -1)) for w in matrices]), 0)
   s = jnp.maximum(top, LEAST) ** alpha / jnp.maximum(most, LEAST) ** (1 - alpha)
   return jnp.maximum(s, LEAST)

@@ -4,6 +4,7 @@ from typing import Any
 
 from flax.core import meta
 
+from lean_jax.kernels.fake_quant import api as fake_quant
 from lean_jax.kernels.fake_quant import learned
 from lean_jax.quantization.spec import QuantSpec
 from lean_jax.weights.base import Weight, matrix_names, pytree, static, to_matrix, unstacked
@@ -25,11 +26,11 @@ class LearnedStep(Trained):
   inputs: Any = None                                   # the range of static activations
 
   def rounded_matrix(self, matrix):
-    return learned.learned_step(matrix, self.scale, self.offset, self.spec)
+    return fake_quant.learned_step(matrix, self.scale, self.offset, self.spec)
 
   def quantized(self, spec):
     value = meta.unbox(self.base)
-    found = learned.encode(to_matrix(value, self.dims), self.scale, self.offset, self.spec)
+    found = learned.stored(to_matrix(value, self.dims), self.scale, self.offset, self.spec)
     return Quantized.from_codes(*found, spec, unstacked(value.shape, self.dims), value.dtype,
                                 self.dims, self.axes, input_scale=self.input_scale)
 

@@ -5,6 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from lean_jax.kernels.quantize_rows import api, reference, tpu
@@ -90,6 +93,54 @@ def test_the_kernel_has_no_races():
   np.testing.assert_array_equal(got[0], kernel(x, **how)[0])
 
 
+@pytest.mark.parametrize('way', WAYS)
+def test_the_kernel_packs_four_bits_as_the_reference(way):
+  x, norm = operands((2, 37, 384))
+  how = given(way, norm)
+  values, step = kernel(x, bits=4, **how)
+  want, size = api.quantize_rows(x, bits=4, implementation='reference', **how)
+  assert values.dtype == jnp.uint8 and values.shape == (2, 37, 192)
+  np.testing.assert_allclose(step, size, rtol=384 * 2. ** -23)            # as of eight bits
+  off = np.abs(np.asarray(reference.unpacked(values, 384), int) - reference.unpacked(want, 384))
+  assert off.max() <= 1 and np.mean(off > 0) < 7 * 384 * 2. ** -23 + 2 / off.size
+
+
+@settings(deadline=None, max_examples=6)
+@drawn(st.integers(1, 40), st.integers(1, 300), st.sampled_from([jnp.float32, jnp.bfloat16]),
+       st.integers(0, 2 ** 31 - 1))
+def test_four_bits_of_any_row_are_within_half_a_step_and_the_kernels(M, K, dtype, seed):
+  x, _ = operands((M, K), seed, dtype)
+  values, step = kernel(x, bits=4)
+  assert values.shape == (M, -(-K // 2))
+  codes = np.asarray(reference.unpacked(values, K))
+  np.testing.assert_array_equal(codes, reference.encoded(x.astype(jnp.float32), step, 4))
+  assert np.abs(codes).max() <= 7 and not np.any(values[:, K // 2:] >> 4 if K % 2 else 0)
+  off = np.abs(codes * np.asarray(step, np.float64) - np.asarray(x, np.float64))
+  assert np.all(off <= step * (.5 + 7 * 2. ** -22))        # a step and its inverse are rounded
+
+
+def test_the_first_of_a_pair_is_in_the_lower_bits():
+  x = jnp.array([[7., -7., 1., -2., 3.]])
+  for run in (api.quantize_rows, kernel):
+    values, step = run(x, bits=4)
+    assert values.tolist() == [[0x97, 0xe1, 0x03]] and step == 1
+
+
+def test_four_bits_have_no_races_and_take_steps_zeros_and_nans_as_eight_do():
+  x, norm = operands((40, 256))
+  x = x.at[0].set(0).at[1, 3].set(jnp.nan)
+  how = dict(bits=4, scale=jnp.float32(.3))
+  got = kernel(x, interpret=pltpu.InterpretParams(detect_races=True), **how)
+  for a, b in zip(got, api.quantize_rows(x, implementation='reference', **how)):
+    np.testing.assert_array_equal(a, b)
+  assert np.flatnonzero(np.isnan(got[1])).tolist() == [1]
+  assert kernel(x, bits=4)[1][0] == 1
+  y = api.rounded_rows(x, bits=4)
+  assert np.isnan(y).all(axis=1).tolist() == [False, True] + [False] * 38
+  gradient = jax.grad(lambda x: jnp.sum(api.rounded_rows(x, bits=4) * 3))(x)
+  np.testing.assert_array_equal(gradient, jnp.full_like(x, 3))
+
+
 def test_the_norm_is_the_one_of_the_blocks():
   x, norm = operands((5, 64))
   want = RMSNorm(1e-5, offset=1.).apply({'params': {'scale': norm}}, x)
@@ -127,6 +178,7 @@ def test_the_gradient_is_that_of_what_is_rounded(way):
     (lambda x, n: dict(x=x, scale=jnp.ones(3)), r'expected \(\), one a matrix'),
     (lambda x, n: dict(x=x, norm=n[:-1], epsilon=1e-6), r'expected \(256,\)'),
     (lambda x, n: dict(x=x, norm=n), 'give both or neither'),
+    (lambda x, n: dict(x=x, bits=3), 'codes of 3 bits; there are: 8, 4'),
     (lambda x, n: dict(x=x, block=96), 'a power of two that divides'),
     (lambda x, n: dict(x=x, implementation='pallas'), 'runs on tpu, and this is cpu'),
     (lambda x, n: dict(x=x, implementation='fast'), 'there are: pallas, xla, reference')])

@@ -10,7 +10,7 @@ import pytest
 
 from lean_jax import methods, tree
 from lean_jax.errors import InputError
-from lean_jax.kernels.fake_quant.learned import learned_step
+from lean_jax.kernels.fake_quant.api import learned_step
 from lean_jax.models.decoder import Decoder, DecoderConfig
 from lean_jax.objectives.language_modeling import next_token
 from lean_jax.quantization.ema import averaged, ema, fixed
