@@ -18,12 +18,13 @@ if TYPE_CHECKING:
   from lean_jax.api import (
     Model,
     allocate_bits,
+    attach,
     attach_lora,
     distill,
     evaluate,
     generate,
     load,
-    merge_lora,
+    merge,
     quantize,
     requantize,
     rotate,
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
   )
   from lean_jax.evaluation.audit import audit
 
-_API = ('Model', 'allocate_bits', 'attach_lora', 'distill', 'evaluate', 'generate', 'load',
-        'merge_lora', 'quantize', 'requantize', 'rotate', 'save', 'scan_layers', 'train')
+_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'generate', 'load',
+        'merge', 'quantize', 'requantize', 'rotate', 'save', 'scan_layers', 'train')
 
-__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach_lora',
-           'audit', 'distill', 'evaluate', 'generate', 'load', 'merge_lora', 'quantize',
+__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
+           'attach_lora', 'audit', 'distill', 'evaluate', 'generate', 'load', 'merge', 'quantize',
            'requantize', 'rotate', 'save', 'scan_layers', 'train']
 
 
