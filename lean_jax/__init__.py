@@ -24,22 +24,26 @@ if TYPE_CHECKING:
     evaluate,
     generate,
     load,
+    load_adapter,
     merge,
     quantize,
     requantize,
     rotate,
     save,
+    save_adapter,
     scan_layers,
     train,
   )
   from lean_jax.evaluation.audit import audit
 
 _API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'generate', 'load',
-        'merge', 'quantize', 'requantize', 'rotate', 'save', 'scan_layers', 'train')
+        'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter',
+        'scan_layers', 'train')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
-           'attach_lora', 'audit', 'distill', 'evaluate', 'generate', 'load', 'merge', 'quantize',
-           'requantize', 'rotate', 'save', 'scan_layers', 'train']
+           'attach_lora', 'audit', 'distill', 'evaluate', 'generate', 'load', 'load_adapter',
+           'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers',
+           'train']
 
 
 def __getattr__(name):

@@ -13,6 +13,7 @@ import numpy as np
 from lean_jax import methods, tree
 from lean_jax.adapters import ia3
 from lean_jax.adapters.lora import sides
+from lean_jax.adapters.peft import load_peft, save_peft
 from lean_jax.adapters.requantize import requantize as merged_again
 from lean_jax.calibration.quantize import MATRICES, quantize  # noqa: F401, of this interface
 from lean_jax.data.batches import Batches
@@ -305,6 +306,33 @@ def attach(model: Model, method: str, *, where: str | None = None,
   if method == 'vera':
     steps = [dict(inputs=_most_inputs(model, steps)) | dict(seed=seed) | step for step in steps]
   return _apply(model, *steps, seed=seed)
+
+
+def save_adapter(model: Model, folder, *, overwrite: bool = False):
+  """Writes a model's adapters alone, as the PEFT library has them, to a new folder.
+
+  `peft.PeftModel.from_pretrained(base, folder)` loads them: LoRA, DoRA, VeRA and IA3, of modules
+  that are one weight each. The base's fingerprint is recorded.
+
+  Args:
+    overwrite: whether adapters that are there may be replaced.
+
+  Raises:
+    InputError: there are no adapters, or some that these files have no words for; the folder
+      exists, or cannot be written.
+  """
+  save_peft(folder, model.family, model.config, model.params, overwrite=overwrite)
+
+
+def load_adapter(model: Model, folder) -> Model:
+  """The model with the adapters of a folder of `save_adapter` or of the PEFT library.
+
+  Raises:
+    InputError: a file is missing or damaged, the adapter computes what we do not, it was made for
+      another base, or the model has adapters already.
+  """
+  return dataclasses.replace(
+      model, params=load_peft(folder, model.family, model.config, model.params))
 
 
 def merge(model: Model) -> Model:
