@@ -36,9 +36,9 @@ if TYPE_CHECKING:
   )
   from lean_jax.evaluation.audit import audit
 
-_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'generate', 'load',
-        'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter',
-        'scan_layers', 'train')
+_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'generate',
+        'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
+        'save_adapter', 'scan_layers', 'train')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
            'attach_lora', 'audit', 'distill', 'evaluate', 'generate', 'load', 'load_adapter',

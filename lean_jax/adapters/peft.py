@@ -92,7 +92,8 @@ def load_peft(folder, family, config, params):
   """The params with the adapters of a folder, on weights of whatever kind.
 
   Args:
-    folder: of `save_peft`, or of the PEFT library: LoRA, rank-stabilised too, DoRA, VeRA, IA3.
+    folder: of `save_peft`, or of the PEFT library: LoRA, rank-stabilised too, DoRA, VeRA (but its
+      dropout, which concerns training alone), IA3.
     family, config, params: of the model without adapters.
 
   Raises:
@@ -132,7 +133,6 @@ def load_peft(folder, family, config, params):
       if not all(mine for _, mine in here) or len({frozenset(mine) for _, mine in here}) > 1:
         raise InputError(f'the adapter in {folder} is on some of the layers stacked in {path}; '
                          'load the model with scan_layers=False')
-      _modules(family, config, path, w)
       own[path] = here
   odd = sorted(found.keys() - used)
   if odd or not own:
@@ -206,10 +206,12 @@ def _named(modules, known):
 
 def _form(w):
   """The peft_type of a weight's adapter; None of what the files have no words for."""
-  inner = w.base if isinstance(w, Magnitude) else w
-  form = {LowRank: 'LORA', Vectors: 'VERA', Scaled: 'IA3'}.get(type(inner))
-  fits = not isinstance(inner.base, Adapter) and (inner is w or form == 'LORA')
-  return form if fits and not (inner is not w and w.dims == 'oi') else None
+  if isinstance(w, Magnitude):                         # of an embedding PEFT has other norms
+    low = isinstance(w.base, LowRank) and w.dims != 'oi'
+    return _form(w.base) if low else None
+  if isinstance(w.base, Adapter):
+    return None
+  return {LowRank: 'LORA', Vectors: 'VERA', Scaled: 'IA3'}.get(type(w))
 
 
 def _matrix(x, *shape):
@@ -265,8 +267,8 @@ def _vera(modules):
   for m in modules:
     if not (np.array_equal(a[m], wide_a[:, :a[m].shape[1]])
             and np.array_equal(b[m], wide_b[:len(b[m])])):
-      raise InputError(f"the random matrices of {m} are not those of the others; PEFT files of VeRA "
-                       'have one of each: attach it with one seed and one number of inputs')
+      raise InputError(f"the random matrices of {m} are not those of the others; PEFT files of "
+                       'VeRA have one of each: attach it with one seed and one number of inputs')
   settings = dict(r=r, vera_dropout=0., d_initial=.1, projection_prng_key=0, save_projection=True,
                   bias='none', fan_in_fan_out=False, init_weights=True)
   out = {'base_model.vera_A': wide_a, 'base_model.vera_B': wide_b}
@@ -378,8 +380,8 @@ def _check_base(w, here):
     value = mine.get('base_layer.weight')
     value = value if value is None or w.dims == 'oi' else value.T
     if value is not None and not np.array_equal(value, w.unbox()):
-      raise InputError(f'the adapter brings its own {module}, which is not that of this model; give '
-                       'the model that it was made for')
+      raise InputError(f'the adapter brings its own {module}, which is not that of this model; '
+                       'give the model that it was made for')
 
 
 def _read(path):

@@ -29,7 +29,7 @@ def vera(w, rank, inputs, seed=0, start=.1):
   check_rank(w, rank)
   both, own, outputs = sides(w)
   I, O = math.prod(own), math.prod(outputs)
-  if I > inputs:
+  if inputs < I:
     raise InputError(f'a weight of shape {w.shape} has {I} inputs, more than the {inputs} of the '
                      'shared matrix; give those of the widest weight')
   to_a, to_b = jax.random.split(jax.random.key(seed))

@@ -10,7 +10,7 @@ import lean_jax as lean
 from lean_jax import tree
 from lean_jax.adapters.bitfit import BIASES
 from lean_jax.adapters.dora import dora
-from lean_jax.adapters.dropout import drops_out, dropping, with_keys
+from lean_jax.adapters.dropout import dropping, drops_out, with_keys
 from lean_jax.adapters.ia3 import ia3
 from lean_jax.adapters.lora import lora
 from lean_jax.adapters.pissa import pissa
@@ -136,11 +136,14 @@ def test_dropout_zeroes_a_part_of_the_inputs_and_scales_the_rest():
   np.testing.assert_allclose(experts.grouped(rows, sizes), want, atol=1e-4)
 
 
-@pytest.mark.parametrize('remat', [pytest.param(False, marks=pytest.mark.slow), True])
-def test_dropout_follows_the_step_s_key_and_ends_with_training(tiny_model, remat):
+def dropping_model(tiny_model, remat):
   config = dataclasses.replace(tiny_model.config, remat=remat)
-  model = stirred(lean.attach(dataclasses.replace(tiny_model, config=config), 'dora', rank=2,
-                              alpha=4., dropout=.5))
+  return stirred(lean.attach(dataclasses.replace(tiny_model, config=config), 'dora', rank=2,
+                             alpha=4., dropout=.5))
+
+
+def test_dropout_follows_the_step_s_key(tiny_model):
+  model = dropping_model(tiny_model, False)
   plain = next_token(model.module)
   assert drops_out(model.params) and not drops_out(tiny_model.params)
   loss = dropping(plain)
@@ -152,7 +155,13 @@ def test_dropout_follows_the_step_s_key_and_ends_with_training(tiny_model, remat
   keys = with_keys(model.params, KEY)['layers']['mlp']['up']['kernel'].base.keys
   drawn = jax.vmap(lambda key: jax.random.bernoulli(key, .5, (64,)))(keys)
   assert drawn.shape == (2, 64) and bool((drawn[0] != drawn[1]).any())
-  # the gradient's layers drop what the loss's dropped: both are the same function's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', [False, True])
+def test_the_gradient_s_layers_drop_what_the_loss_s_dropped(tiny_model, remat):
+  model = dropping_model(tiny_model, remat)
+  loss, batch = dropping(next_token(model.module)), dict(tokens=jnp.asarray(TOKENS))
   train, rest = tree.split(model.params, 'layers/mlp/up/kernel/base/b')
   f = jax.jit(lambda train: loss(tree.merge(train, rest), batch, KEY)[0])
   grad = jax.jit(jax.grad(f))(train)
@@ -191,9 +200,10 @@ def test_lora_plus_moves_b_so_much_faster():
   plain, plus = first(), first(b_ratio=16.)
   np.testing.assert_allclose(plus.b, 16 * plain.b, rtol=1e-6)
   np.testing.assert_array_equal(plus.a, plain.a)
+  tx, other = adamw(steps=10, peak=1e-2, b_ratio=2.), {'w': jnp.ones(3)}
+  state = tx.init(other)
   with pytest.raises(lean.InputError, match='named b'):
-    tx = adamw(steps=10, peak=1e-2, b_ratio=2.)
-    tx.update({'w': jnp.ones(3)}, tx.init({'w': jnp.ones(3)}), {'w': jnp.ones(3)})
+    tx.update(other, state, other)
 
 
 def test_dora_is_the_paper_s_equation_and_its_norm_gets_no_gradient():
@@ -273,9 +283,11 @@ def test_adapters_upon_adapters_train_and_merge_together():
 @pytest.mark.parametrize(('method', 'settings', 'said'), [
     ('lore', {}, 'there are: lora, dora'), ('lora', dict(rank=2), 'takes'),
     ('lora', dict(rank=2, alpha=1., scaling='root'), 'rank_stabilised'),
-    ('lora', dict(rank=2, alpha=1., dropout=1.), 'dropout'), ('dora', dict(rank=99, alpha=1.), '99'),
+    ('lora', dict(rank=2, alpha=1., dropout=1.), 'dropout'),
+    ('dora', dict(rank=99, alpha=1.), '99'),
     ('vera', dict(rank=2, inputs=16), 'more than the 16'), ('ia3', dict(side='both'), 'inputs'),
-    ('pissa', dict(rank=0), 'rank'), ('vera', dict(rank=2, where='nothing/.*'), 'matches no weight'),
+    ('pissa', dict(rank=0), 'rank'),
+    ('vera', dict(rank=2, where='nothing/.*'), 'matches no weight'),
     ('lora', dict(rank=2, alpha=1., rules=[('x/.*', {})]), 'matches no weight')])
 def test_bad_settings_are_refused(tiny_model, method, settings, said):
   with pytest.raises(lean.InputError, match=said):

@@ -103,7 +103,7 @@ def test_what_peft_saves_we_load_with_the_same_logits(folder, base, tmp_path, na
   torch.manual_seed(0)
   model = peft.get_peft_model(theirs(folder), THEIRS[name]()).eval()
   with torch.no_grad():
-    for n, p in model.named_parameters():
+    for p in model.parameters():
       if p.requires_grad:
         p.add_(.2 * torch.randn_like(p))
   model.save_pretrained(tmp_path)

@@ -135,7 +135,7 @@ EQNS = {
 
 # Of kinds that differ in their arrays one each: for what takes a program of its own to try.
 MAIN = ('dense', 'w4a16-g4-asym', 'nf4-g8-dq', 'act-order', 'lsq', 'rescaled', 'outliers', 'lora',
-        'dora', 'vera', 'ia3-outputs', 'ia3-inputs', 'int4', 'w8a8', 'w4a8-g4', 'w8a8-static')
+        'dora', 'ia3-inputs', 'int4', 'w8a8', 'w4a8-g4', 'w8a8-static')
 
 
 def cases(kinds, eqns, mine=lambda kind, eqn: kind in MAIN):
