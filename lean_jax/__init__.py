@@ -18,27 +18,32 @@ if TYPE_CHECKING:
   from lean_jax.api import (
     Model,
     allocate_bits,
+    attach,
     attach_lora,
     distill,
     evaluate,
     generate,
     load,
-    merge_lora,
+    load_adapter,
+    merge,
     quantize,
     requantize,
     rotate,
     save,
+    save_adapter,
     scan_layers,
     train,
   )
   from lean_jax.evaluation.audit import audit
 
-_API = ('Model', 'allocate_bits', 'attach_lora', 'distill', 'evaluate', 'generate', 'load',
-        'merge_lora', 'quantize', 'requantize', 'rotate', 'save', 'scan_layers', 'train')
+_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'generate',
+        'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
+        'save_adapter', 'scan_layers', 'train')
 
-__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach_lora',
-           'audit', 'distill', 'evaluate', 'generate', 'load', 'merge_lora', 'quantize',
-           'requantize', 'rotate', 'save', 'scan_layers', 'train']
+__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
+           'attach_lora', 'audit', 'distill', 'evaluate', 'generate', 'load', 'load_adapter',
+           'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers',
+           'train']
 
 
 def __getattr__(name):

@@ -1,5 +1,6 @@
 """Models as people use them: thin calls of the pure functions below."""
 import dataclasses
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lean_jax import methods
+from lean_jax import methods, tree
+from lean_jax.adapters import ia3
+from lean_jax.adapters.lora import sides
+from lean_jax.adapters.peft import load_peft, save_peft
 from lean_jax.adapters.requantize import requantize as merged_again
 from lean_jax.calibration.quantize import MATRICES, quantize  # noqa: F401, of this interface
 from lean_jax.data.batches import Batches
@@ -34,6 +38,7 @@ from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
 from lean_jax.weights.prepared import refuse_prepared
 
+ADAPTERS = ('lora', 'dora', 'vera', 'pissa', 'ia3')
 FORMATS = ('lean', 'hf', 'gguf', *formats.FORMATS)
 
 
@@ -267,15 +272,72 @@ def allocate_bits(model: Model, tokens, budget: float | str = '3.2 bits', *,
 
 
 def attach_lora(model: Model, *, rank: int = 8, alpha: float = 16., where: str = MATRICES,
-                seed: int = 0) -> Model:
-  """The model with trainable low-rank adapters on its matrices; over a quantized model, QLoRA."""
-  return _apply(model, dict(where=where, method='lora', rank=rank, alpha=alpha),
-                seed=seed)
+                seed: int = 0, **settings) -> Model:
+  """The model with trainable low-rank adapters on its matrices; over a quantized model, QLoRA.
+
+  Args:
+    settings: `rules`, and scaling and dropout of `adapters.lora`.
+  """
+  return attach(model, 'lora', where=where, seed=seed, rank=rank, alpha=alpha, **settings)
 
 
-def merge_lora(model: Model) -> Model:
-  """The model with its adapters added into dense weights."""
-  return _apply(model, dict(where='.*', method='merge_lora'))
+def attach(model: Model, method: str, *, where: str | None = None,
+           rules: Sequence[tuple[str, Mapping[str, Any]]] = (), seed: int = 0,
+           **settings) -> Model:
+  """The model with adapters that train, its weights of whatever kind under them.
+
+  Args:
+    method: 'lora', 'dora', 'vera', 'pissa' or 'ia3', of the file of that name in `adapters`.
+    where: a regular expression on the weights' whole names; None is the matrices of all layers, or
+      for 'ia3' its paper's places.
+    rules: [(such an expression, settings)] of weights that are adapted otherwise: ('.*/down/.*',
+      dict(rank=16)); the first that matches a weight is the one.
+    seed: of what is drawn at random.
+    settings: of the method.
+
+  Raises:
+    InputError: no such method or setting, one out of range, or an expression that matches nothing.
+  """
+  if method not in ADAPTERS:
+    raise InputError(f'no adapter {method!r}; there are: {", ".join(ADAPTERS)}')
+  last = ia3.PLACES if method == 'ia3' and where is None and 'side' not in settings else (
+      (where or MATRICES, {}),)
+  steps = [dict(settings, **own, where=name, method=method) for name, own in (*rules, *last)]
+  if method == 'vera':
+    steps = [dict(inputs=_most_inputs(model, steps)) | dict(seed=seed) | step for step in steps]
+  return _apply(model, *steps, seed=seed)
+
+
+def save_adapter(model: Model, folder, *, overwrite: bool = False):
+  """Writes a model's adapters alone, as the PEFT library has them, to a new folder.
+
+  `peft.PeftModel.from_pretrained(base, folder)` loads them: LoRA, DoRA, VeRA and IA3, of modules
+  that are one weight each. The base's fingerprint is recorded.
+
+  Args:
+    overwrite: whether adapters that are there may be replaced.
+
+  Raises:
+    InputError: there are no adapters, or some that these files have no words for; the folder
+      exists, or cannot be written.
+  """
+  save_peft(folder, model.family, model.config, model.params, overwrite=overwrite)
+
+
+def load_adapter(model: Model, folder) -> Model:
+  """The model with the adapters of a folder of `save_adapter` or of the PEFT library.
+
+  Raises:
+    InputError: a file is missing or damaged, the adapter computes what we do not, it was made for
+      another base, or the model has adapters already.
+  """
+  return dataclasses.replace(
+      model, params=load_peft(folder, model.family, model.config, model.params))
+
+
+def merge(model: Model) -> Model:
+  """The model with its adapters merged into dense weights."""
+  return _apply(model, dict(where='.*', method='merge'))
 
 
 def requantize(model: Model) -> tuple[Model, dict[str, float]]:
@@ -285,7 +347,7 @@ def requantize(model: Model) -> tuple[Model, dict[str, float]]:
     The model, and {name: |merged - rounded| / |merged|} of each weight that had an adapter.
 
   Raises:
-    InputError: it has none, or one on a weight that is not rounded: see `merge_lora`.
+    InputError: it has none, or one on a weight that is not rounded: see `merge`.
   """
   params, errors = merged_again(model.params)
   return dataclasses.replace(model, params=params), errors
@@ -368,6 +430,13 @@ def _check_described(folder, config, params):
   if odd:
     raise InputError(f'{folder}: lean.json and config.json are of different models, they differ in '
                      f'{tensors.listed(odd)}; copy or make the folder again')
+
+
+def _most_inputs(model, steps):
+  """Of the widest weight that one of the steps is for."""
+  found = tree.matched(model.params, [(step['where'], methods) for step in steps])
+  weights = tree.named_weights(model.params)
+  return max(math.prod(sides(weights[name])[1]) for name in found)
 
 
 def _apply(model, *steps, seed=0):

@@ -10,8 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lean_jax.adapters.lora import lora, merge_lora
+from lean_jax.adapters.dora import dora
+from lean_jax.adapters.ia3 import ia3
+from lean_jax.adapters.lora import lora
+from lean_jax.adapters.merge import merge
+from lean_jax.adapters.pissa import pissa
 from lean_jax.adapters.requantize import requantize_lora
+from lean_jax.adapters.vera import vera
 from lean_jax.errors import InputError
 from lean_jax.quantization.awq import awq, awq_scales
 from lean_jax.quantization.ema import ema
@@ -30,8 +35,8 @@ from lean_jax.tree import transform
 
 METHODS = dict(rtn=rtn, gptq=gptq, awq=awq, smoothquant=rtn, hqq=hqq, llm_int8=llm_int8,
                outliers=outliers, fake_quantize=fake_quantize, lsq=lsq, lsq_plus=lsq_plus,
-               pact=pact, ema=ema, lora=lora, loftq=loftq, merge_lora=merge_lora,
-               requantize_lora=requantize_lora)
+               pact=pact, ema=ema, lora=lora, dora=dora, vera=vera, pissa=pissa, ia3=ia3,
+               loftq=loftq, merge=merge, requantize_lora=requantize_lora)
 # Of the methods that first scale the inputs that weights share: the scales, see `equalization`.
 SCALES = dict(awq=awq_scales, smoothquant=smooth_scales, outliers=outlier_scales)
 

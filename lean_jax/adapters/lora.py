@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
-from lean_jax.weights import Dense, LowRank
+from lean_jax.weights import LowRank
 from lean_jax.weights.base import positions
 
+SCALINGS = dict(standard=lambda rank: rank, rank_stabilised=math.sqrt)
 
-def lora(w, rank, alpha, *, key):
+
+def lora(w, rank, alpha, *, key, scaling='standard', dropout=0.):
   """Adds alpha / rank * a @ b, a random and b zero, so that nothing changes at the start.
 
   Hu et al. 2021 (arXiv:2106.09685), section 4.1. Over a quantized weight this is QLoRA (Dettmers
@@ -20,28 +22,43 @@ def lora(w, rank, alpha, *, key):
     rank: of the product, at most the lesser side of the matrix.
     alpha: the difference is scaled by alpha / rank.
     key: a jax PRNG key.
+    scaling: 'rank_stabilised' scales by alpha / sqrt(rank), so that a larger rank learns as fast
+      (Kalajdzievski 2023, arXiv:2312.03732).
+    dropout: the part of the inputs that a @ b does not see at a step of training.
 
   Raises:
-    InputError: rank out of range.
+    InputError: rank or dropout out of range, or no such scaling.
   """
   check_rank(w, rank)
+  if scaling not in SCALINGS:
+    raise InputError(f'no scaling {scaling!r}; there are: {", ".join(SCALINGS)}')
+  if not 0 <= dropout < 1:
+    raise InputError(f'dropout {dropout} is not at least 0 and less than 1')
+  both, inputs, outputs = sides(w)
+  bound = 1 / math.sqrt(math.prod(inputs))
+  a = jax.random.uniform(key, both + inputs + (rank,), jnp.float32, -bound, bound)
+  return LowRank(w, a, jnp.zeros(both + (rank,) + outputs), alpha / SCALINGS[scaling](rank),
+                 float(dropout))
+
+
+def sides(w):
+  """The sizes of a weight's axes: [*n *e], [*i] and [*o], each a tuple."""
   shape = w.shape
   side = lambda kinds: tuple(shape[k] for k in positions(w.dims, kinds))
-  inputs = math.prod(side('i'))
-  both = side('n') + side('e')
-  bound = 1 / math.sqrt(inputs)
-  a = jax.random.uniform(key, both + side('i') + (rank,), jnp.float32, -bound, bound)
-  return LowRank(w, a, jnp.zeros(both + (rank,) + side('o')), alpha / rank)
+  return side('n') + side('e'), side('i'), side('o')
 
 
 def check_rank(w, rank):
   """Raises InputError if there is no product of this rank in the shape of w."""
-  inputs, outputs = (math.prod(w.shape[k] for k in positions(w.dims, kind)) for kind in 'io')
-  if not 1 <= rank <= min(inputs, outputs):
-    raise InputError(f'LoRA rank {rank} is not within 1 and {min(inputs, outputs)}, the lesser '
-                     f'side of a weight of shape {w.shape}')
+  _, inputs, outputs = sides(w)
+  most = min(math.prod(inputs), math.prod(outputs))
+  if not 1 <= rank <= most:
+    raise InputError(f'LoRA rank {rank} is not within 1 and {most}, the lesser side of a weight of '
+                     f'shape {w.shape}')
 
 
-def merge_lora(w):
-  """The dense weight that an adapted one stands for; other kinds stay as they are."""
-  return Dense(w.unbox(), w.dims, w.axes) if isinstance(w, LowRank) else w
+def factors(x, rank):
+  """a [... I R] and b [... R O], whose product is the nearest to x [... I O] of that rank."""
+  u, s, v = jnp.linalg.svd(x, full_matrices=False)
+  root = jnp.sqrt(s[..., :rank])
+  return u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]

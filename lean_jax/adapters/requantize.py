@@ -12,7 +12,7 @@ from flax.core import meta
 from lean_jax import tree
 from lean_jax.errors import InputError
 from lean_jax.quantization.error import relative_error
-from lean_jax.weights import LowRank, Quantized, Rescaled
+from lean_jax.weights import Adapter, Quantized, Rescaled, bare
 from lean_jax.weights.base import from_matrix, to_matrix, unstacked
 
 
@@ -25,12 +25,7 @@ def requantize_lora(w):
   Raises:
     InputError: the adapted weight is no rounded one.
   """
-  if not isinstance(w, LowRank):
-    return w
-  base = w
-  while isinstance(base, LowRank):
-    base = base.base
-  return _rounded(meta.unbox(w), base)
+  return _rounded(meta.unbox(w), bare(w)) if isinstance(w, Adapter) else w
 
 
 def requantize(params):
@@ -42,7 +37,7 @@ def requantize(params):
   Raises:
     InputError: there is no adapter, or one on a weight that is not rounded.
   """
-  if not any(isinstance(w, LowRank) for w in tree.named_weights(params).values()):
+  if not any(isinstance(w, Adapter) for w in tree.named_weights(params).values()):
     raise InputError('no weight has an adapter to merge; attach and train one first')
   out = jax.jit(lambda params: tree.transform(params, [('.*', requantize_lora)]))(params)
   return out, merging_errors(params, out)
@@ -54,7 +49,7 @@ def merging_errors(before, after):
   had, have = tree.named_weights(before), tree.named_weights(after)
   wide = lambda w: w.unbox().astype(jnp.float32)
   error = jax.jit(lambda a, b: relative_error(wide(a), wide(b)))
-  return {n: float(error(w, have[n])) for n, w in had.items() if isinstance(w, LowRank)}
+  return {n: float(error(w, have[n])) for n, w in had.items() if isinstance(w, Adapter)}
 
 
 def _rounded(value, like):
@@ -67,4 +62,4 @@ def _rounded(value, like):
   if isinstance(like, Quantized):
     return Quantized.of(value, like.spec, like.dims, like.axes, input_scale=like.input_scale)
   raise InputError(f'an adapter on a {type(like).__name__} weight has no rounded base to be merged '
-                   'into; use merge_lora')
+                   'into; use merge')

@@ -39,12 +39,12 @@ def write(folder, wanted, value, most):
   cut = _cut({name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in wanted.items()},
              most)
   if len(cut) == 1:
-    _write(folder / 'model.safetensors', wanted, value)
+    write_file(folder / 'model.safetensors', wanted, value)
     return
   index = {}
   for k, names in enumerate(cut):
     file = f'model-{k + 1:05}-of-{len(cut):05}.safetensors'
-    _write(folder / file, {name: wanted[name] for name in names}, value)
+    write_file(folder / file, {name: wanted[name] for name in names}, value)
     index |= dict.fromkeys(names, file)
   total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values())
   text = json.dumps(dict(metadata=dict(total_size=total), weight_map=index), indent=2)
@@ -63,12 +63,13 @@ def _cut(sizes, most):
   return out
 
 
-def _write(path, wanted, value):
+def write_file(path, wanted, value, **metadata):
+  """Writes one safetensors file; `wanted` and `value` as of `write`, metadata of strings."""
   # As the format's own writer does: wider types first, and a header of a multiple of eight bytes,
   # so that each tensor begins at a multiple of its type's size.
   names = sorted(wanted, key=lambda name: -wanted[name][1].itemsize)
   # transformers 4 refuses a file that does not say that it is of PyTorch's layout.
-  header, at = dict(__metadata__=dict(format='pt')), 0
+  header, at = dict(__metadata__=dict(metadata, format='pt')), 0
   for name in names:
     shape, dtype = wanted[name]
     end = at + math.prod(shape) * dtype.itemsize

@@ -233,6 +233,12 @@ def header(path, file):
                        8 + length + start) for name, (start, _) in spans.items()}
 
 
+def metadata(file):
+  """{name: string} that an open safetensors file, whose header was read, has beside its tensors."""
+  length = int.from_bytes(os.pread(file, 8, 0), 'little')
+  return json.loads(os.pread(file, length, 8).decode()).get('__metadata__') or {}
+
+
 def _span(path, name, entry):
   """(start, stop) of a tensor's bytes, if its entry in the header makes sense."""
   number = lambda n: type(n) is int and n >= 0

@@ -5,7 +5,7 @@ from lean_jax import tree
 from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.evaluation.speed import speed
 from lean_jax.training.digest import fingerprint
-from lean_jax.weights import LowRank, Quantized
+from lean_jax.weights import Quantized, bare
 
 
 def measure(model, test, domain, speeds, progress=None):
@@ -38,5 +38,4 @@ def measure(model, test, domain, speeds, progress=None):
 
 def without_adapters(params):
   """The tree of the adapted weights' bases."""
-  bare = lambda w: w.base if isinstance(w, LowRank) else w
   return jax.tree.map(bare, params, is_leaf=tree.is_weight)

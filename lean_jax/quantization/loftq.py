@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from lean_jax.adapters.lora import check_rank
+from lean_jax.adapters.lora import check_rank, factors, sides
 from lean_jax.errors import InputError
 from lean_jax.quantization import formats
 from lean_jax.quantization.spec import parse_spec
 from lean_jax.weights import LowRank, Quantized
-from lean_jax.weights.base import positions, to_matrix, unstacked
+from lean_jax.weights.base import to_matrix, unstacked
 from lean_jax.weights.dense import check_dense
 
 
@@ -44,9 +44,8 @@ def loftq(w, spec, rank, steps=5):
   a, b, codes, scale, zero = _alternated(matrix, spec, rank, steps)
   base = Quantized.from_codes(codes, scale, zero, spec, unstacked(value.shape, w.dims), value.dtype,
                               w.dims, w.axes)
-  side = lambda kinds: tuple(value.shape[k] for k in positions(w.dims, kinds))
-  both = side('n') + side('e')
-  return LowRank(base, a.reshape(*both, *side('i'), rank), b.reshape(*both, rank, *side('o')), 1.)
+  both, inputs, outputs = sides(w)
+  return LowRank(base, a.reshape(*both, *inputs, rank), b.reshape(*both, rank, *outputs), 1.)
 
 
 def _alternated(matrix, spec, rank, steps):
@@ -55,16 +54,9 @@ def _alternated(matrix, spec, rank, steps):
     a, b, *_ = state
     codes, scale, zero = formats.quantize(matrix - a @ b, spec)
     lost = matrix - formats.dequantize(codes, scale, zero, spec, jnp.float32)
-    return *_factors(lost, rank), codes, scale, zero
+    return *factors(lost, rank), codes, scale, zero
   *batch, I, O = matrix.shape
   start = (jnp.zeros((*batch, I, rank)), jnp.zeros((*batch, rank, O)))
   found = jax.eval_shape(lambda: formats.quantize(matrix, spec))
   start += jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
   return jax.lax.fori_loop(0, steps, step, start)
-
-
-def _factors(x, rank):
-  """a [... I R] and b [... R O], whose product is the nearest to x [... I O] of that rank."""
-  u, s, v = jnp.linalg.svd(x, full_matrices=False)
-  root = jnp.sqrt(s[..., :rank])
-  return u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]

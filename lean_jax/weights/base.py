@@ -136,6 +136,35 @@ def positions(dims, letters):
   return tuple(k for k, d in enumerate(dims) if d in letters)
 
 
+def broadcast(vector, dims, kind):
+  """[*n *e *kind], `kind` being i or o, with axes of length 1 as it multiplies the dense value."""
+  at = positions(dims, 'n') + positions(dims, 'e') + positions(dims, kind)
+  size = dict(zip(at, vector.shape))
+  vector = vector.transpose(sorted(range(len(at)), key=lambda k: at[k]))
+  return vector.reshape([size.get(k, 1) for k in range(len(dims))])
+
+
+def times(eqn, x, side, vector, dims):
+  """x, an equation's input or its result, times a vector [*e *side] of the weight's axes.
+
+  Args:
+    eqn: as of `Weight.einsum`.
+    side: 'i', x being what the weight multiplies; or 'o', x being the product.
+    dims: of the weight, without stacked axes.
+  """
+  xs, rest = eqn.split(',')
+  ws, out = rest.split('->')
+  names = xs if side == 'i' else out
+  own = ''.join(ws[k] for k in positions(dims, 'e') + positions(dims, side))
+  return jnp.einsum(f'{names},{own}->{names}', x, vector.astype(x.dtype))
+
+
+def times_rows(x, vector, sizes):
+  """`times` of rows [M ...], each expert's together as in `Weight.grouped`; vector [E ...]."""
+  flat = vector.reshape(sizes.shape[0], -1).astype(x.dtype)
+  return x * jnp.repeat(flat, sizes, axis=0, total_repeat_length=x.shape[0])
+
+
 def unstacked(shape, dims):
   """The sizes of the dense axes but the stacked ones."""
   return tuple(n for n, d in zip(shape, dims) if d != 'n')

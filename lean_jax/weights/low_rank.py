@@ -2,23 +2,30 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax.core import meta
 
 from lean_jax.kernels.grouped_matmul import api as grouped_matmul
-from lean_jax.weights.base import Weight, Wrapper, positions, pytree, static
+from lean_jax.weights.adapter import Adapter
+from lean_jax.weights.base import Weight, positions, pytree, static
 
 
 @pytree
-class LowRank(Wrapper):
+class LowRank(Adapter):
   """base + scale * a @ b (Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-  The base may be of any kind: over a quantized one this is QLoRA.
+  The base may be of any kind: over a quantized one this is QLoRA. A step of training that drops
+  out gives it `keys` (see `adapters.dropout`): then `einsum` and `grouped` give a @ b a part of
+  their inputs, the others being zero. A lookup has no inputs to drop.
   """
   base: Weight
   a: Any                                               # [*n *e *i R]
   b: Any                                               # [*n *e R *o]
   scale: float = static()                              # alpha / rank
+  dropout: float = static(default=0.)                  # the part of the inputs that is dropped
+  keys: Any = None                                     # [*n] of jax.random.key; None drops nothing
+  trained = ('a', 'b')
 
   def unbox(self):
     letters = 'abcdefgh'[:len(self.dims)]
@@ -29,20 +36,35 @@ class LowRank(Wrapper):
 
   def einsum(self, eqn, x):
     down, up = low_rank_equations(eqn, self.dims)
-    low = jnp.einsum(down, x, self.a.astype(x.dtype))
+    low = jnp.einsum(down, self._kept(x), self.a.astype(x.dtype))
     return self.base.einsum(eqn, x) + self.scale * jnp.einsum(up, low, self.b.astype(x.dtype))
 
   def grouped(self, x, sizes):
     E, R = sizes.shape[0], self.a.shape[-1]
-    low = grouped_matmul.grouped_matmul(x, self.a.reshape(E, -1, R), sizes)
+    low = grouped_matmul.grouped_matmul(self._kept(x), self.a.reshape(E, -1, R), sizes)
     low = grouped_matmul.grouped_matmul(low, self.b.reshape(E, R, -1), sizes)
     return self.base.grouped(x, sizes) + self.scale * low
+
+  def take(self, ids):
+    if self.dims != 'oi':
+      return super().take(ids)
+    low = jnp.einsum('r...,dr->...d', jnp.take(self.b, ids, axis=-1), self.a)
+    base = self.base.take(ids)
+    return base + (self.scale * low).astype(base.dtype)
+
+  def _kept(self, x):
+    """x with a part `dropout` of it zero, and the rest larger by as much."""
+    if self.keys is None:
+      return x
+    kept = jax.random.bernoulli(self.keys, 1 - self.dropout, x.shape)
+    return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
   def names(self):
     pick = lambda kinds: tuple(self.axes[k] for k in positions(self.dims, kinds))
     both = pick('n') + pick('e')
     return dataclasses.replace(self, base=self.base.names(), a=both + pick('i') + (None,),
-                               b=both + (None,) + pick('o'))
+                               b=both + (None,) + pick('o'),
+                               keys=None if self.keys is None else pick('n'))
 
 
 def low_rank_equations(eqn, dims):

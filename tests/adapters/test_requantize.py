@@ -68,7 +68,7 @@ def test_adapters_upon_adapters_are_merged_at_once():
 
 @pytest.mark.parametrize('base', [W, fake_quantize(W, 'w4a16')])
 def test_an_adapter_on_a_weight_that_is_not_rounded_is_refused(base):
-  with pytest.raises(InputError, match='merge_lora'):
+  with pytest.raises(InputError, match='use merge'):
     requantize({'kernel': adapted(base, .3)})
 
 

@@ -190,7 +190,7 @@ def test_merging_an_adapter_keeps_the_logits(tiny_model):
   model = lean.attach_lora(lean.quantize(tiny_model, 'w8a16'), rank=2)
   params = jax.tree.map(lambda x: x + .01 if x.dtype == jnp.float32 else x, model.params)
   model = dataclasses.replace(model, params=params)
-  merged = lean.merge_lora(model)
+  merged = lean.merge(model)
   tokens = np.arange(12).reshape(2, 6)
   np.testing.assert_allclose(merged.logits(tokens), model.logits(tokens), atol=1e-4)
 

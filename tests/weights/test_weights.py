@@ -12,7 +12,11 @@ from flax import linen as nn
 from flax.core import meta
 
 from lean_jax import tree
-from lean_jax.adapters.lora import lora, merge_lora
+from lean_jax.adapters.dora import dora
+from lean_jax.adapters.ia3 import ia3
+from lean_jax.adapters.lora import lora
+from lean_jax.adapters.merge import merge
+from lean_jax.adapters.vera import vera
 from lean_jax.errors import InputError
 from lean_jax.kernels.native import library
 from lean_jax.kernels.quantize_rows.reference import quantize_rows
@@ -33,8 +37,17 @@ part = functools.partial
 
 def adapted(w, **kw):
   """LoRA away from its start, where b is zero."""
-  return jax.tree.map(lambda x: x + .1 if jnp.issubdtype(x.dtype, jnp.floating) else x,
-                      lora(w, 2, 4., key=jax.random.key(1)))
+  return moved(lora(w, 2, 4., key=jax.random.key(1)))
+
+
+def moved(w):
+  """The weight with what it has of floats a little larger."""
+  return jax.tree.map(lambda x: x + .1 if jnp.issubdtype(x.dtype, jnp.floating) else x, w)
+
+
+def rising(w):
+  """The weight scaled by a number of its own each."""
+  return dataclasses.replace(w, by=jnp.linspace(.5, 2., w.by.size).reshape(w.by.shape))
 
 
 def reordered(w):
@@ -96,6 +109,12 @@ KINDS = {
     'lora': adapted,
     'qlora': lambda w: adapted(rtn(w, 'w4a16-g4')),
     'qlora-int4': lambda w: prepare(adapted(rtn(w, 'w4a16-g4')), 'tpu'),
+    'dora': lambda w: moved(dora(w, 2, 4., key=jax.random.key(1))),
+    'qdora': lambda w: moved(dora(rtn(w, 'w4a16-g4'), 2, 4., key=jax.random.key(1))),
+    'vera': lambda w: moved(vera(w, 2, 24)),
+    'qvera': lambda w: moved(vera(rtn(w, 'w4a16-g4'), 2, 24)),
+    'ia3-outputs': lambda w: rising(ia3(w, 'outputs')),
+    'ia3-inputs': lambda w: rising(ia3(rtn(w, 'w4a16-g4'), 'inputs')),
     'lora_over_qat': lambda w: adapted(fake_quantize(w, 'w2a16-g4')),
 }
 ROUNDS_ACTIVATIONS = {'w8a8': part(rtn, spec='w8a8'), 'qat8': part(fake_quantize, spec='w8a8'),
@@ -116,7 +135,7 @@ EQNS = {
 
 # Of kinds that differ in their arrays one each: for what takes a program of its own to try.
 MAIN = ('dense', 'w4a16-g4-asym', 'nf4-g8-dq', 'act-order', 'lsq', 'rescaled', 'outliers', 'lora',
-        'int4', 'w8a8', 'w4a8-g4', 'w8a8-static')
+        'dora', 'ia3-inputs', 'int4', 'w8a8', 'w4a8-g4', 'w8a8-static')
 
 
 def cases(kinds, eqns, mine=lambda kind, eqn: kind in MAIN):
@@ -267,8 +286,8 @@ def test_a_module_that_knows_nothing_of_weights_gets_dense_values():
 
 def test_merging_an_adapter_changes_nothing():
   w = KINDS['qlora'](weight('btd,df->btf', (8, 6)))
-  assert isinstance(merge_lora(w), Dense)
-  np.testing.assert_array_equal(merge_lora(w).unbox(), w.unbox())
+  assert isinstance(merge(w), Dense)
+  np.testing.assert_array_equal(merge(w).unbox(), w.unbox())
 
 
 def test_an_adapter_changes_nothing_at_its_start():
