@@ -33,6 +33,7 @@ class Term(NamedTuple):
     temperature: steps done -> number; None but of a divergence.
     options: of the divergence.
     looks: a `terms.Looks`; None of labels.
+    teacher: its number.
   """
   name: str
   weight: Callable
@@ -40,24 +41,28 @@ class Term(NamedTuple):
   temperature: Callable | None = None
   options: Any = None
   looks: Any = None
+  teacher: int = 0
 
 
-def parsed(student, teacher, losses):
+def parsed(student, teachers, losses):
   """The Terms of a config's list.
 
   Args:
-    student, teacher: configs of the models.
+    student: its config.
+    teachers: a config, or a tuple of several's.
     losses: dicts: `kind`, of labels 'cross_entropy' or one of `distill_loss`, or of taps one of
-      `terms.KINDS`; `weight` (1), `name` (the kind); the temperature (1) of soft labels; the kind's
-      own options. Weights and temperatures may be a `schedule`.
+      `terms.KINDS`; `weight` (1), `name` (the kind), `teacher` (0, the first of several); the
+      temperature (1) of soft labels; the kind's own options. Weights and temperatures may be what
+      `schedule` takes.
 
   Raises:
     InputError: a kind, an option or a number that there is not, two of one name, vocabularies that
-      differ, or a list that does not look at the teacher.
+      differ, or a list that does not look at a teacher.
   """
   if not losses:
     raise InputError("no losses; give some, dict(kind='forward_kl') say")
-  out = [_term(student, teacher, dict(given)) for given in losses]
+  teachers = _several(teachers)
+  out = [_term(student, teachers, dict(given)) for given in losses]
   names = [t.name for t in out]
   odd = [n for n in names if names.count(n) > 1 or n in ('loss', 'grad_norm')]
   if odd:
@@ -66,35 +71,43 @@ def parsed(student, teacher, losses):
   hard = [t.kind == HARD for t in out]
   if sum(hard) > 1:
     raise InputError('cross_entropy twice; one with the sum of both weights is the same')
+  unseen = set(range(len(teachers))) - {t.teacher for t in out if t.kind != HARD}
+  if unseen and len(teachers) > 1:
+    raise InputError(f'no loss looks at teacher {min(unseen)} of {len(teachers)}; give one, '
+                     f'dict(kind=..., teacher={min(unseen)}), or leave the teacher out')
   if all(hard):
     raise InputError('the only loss is cross_entropy, which needs no teacher; add one that looks '
                      f'at it: {", ".join([*DIVERGENCES, *terms.KINDS])}')
   return tuple(out)
 
 
-def weighted(student, teacher, losses):
+def weighted(student, teachers, losses):
   """The loss (params, batch, key, step, teacher_params=) -> (scalar, {name: value}) of Terms.
 
   It is the sum of each value times its weight, and of the student's auxiliary losses. The teacher
-  is an argument of the compiled step, inside it, and has no gradient. Where both heads are matrices
-  of floats, neither's logits are ever all in memory; see `kernels.distill_loss`.
+  is an argument of the compiled step, inside it, and has no gradient. Where all heads are matrices
+  of floats, nobody's logits are ever all in memory; see `kernels.distill_loss`.
 
   Args:
-    student, teacher: modules.
+    student: a module.
+    teachers: a module; or a tuple of several, and teacher_params is then one too.
     losses: from `parsed`.
   """
   labels, taps = [t for t in losses if t.looks is None], [t for t in losses if t.looks is not None]
   wanted = tuple(sorted({c for t in taps for c in t.looks.taps}))
+  teachers = _several(teachers)
 
   def loss(params, batch, key, step=0, *, teacher_params):
     del key
-    one, other = _seen(student, params, teacher, teacher_params, batch, wanted)
-    total, values = _labels(labels, one, other, batch, step) if labels else (0., {})
+    one, *others = _seen((student, *teachers), (params, *_several(teacher_params)), batch, wanted)
+    total, values = _labels(labels, one, others, batch, step) if labels else (0., {})
     if taps:
-      shown = tapped(student.config, one.taps), tapped(teacher.config, other.taps)
+      mine = tapped(student.config, one.taps)
+      theirs = [tapped(m.config, other.taps) for m, other in zip(teachers, others)]
       real = batch.get('mask', jnp.ones(batch['tokens'].shape, bool))
       for t in taps:
-        value = t.looks.value(*shown, real, params.get(PROJECTIONS, {}).get(t.name))
+        value = t.looks.value(mine, theirs[t.teacher], real,
+                              params.get(PROJECTIONS, {}).get(t.name))
         total, values[t.name] = total + t.weight(step) * value, value
     return total + one.auxiliary, jax.lax.stop_gradient(values)
   return loss
@@ -145,25 +158,29 @@ class _Seen(NamedTuple):
   auxiliary: Any
 
 
-def _seen(student, params, teacher, teacher_params, batch, taps):
-  one = hidden(student, params, batch, taps)
-  other = None if one is None else hidden(teacher, teacher_params, batch, taps)
-  if other is not None:
-    return (_Seen(x, None, x.taps, x.auxiliary) for x in (one, other))
-  of = lambda module, params: run(module, params, batch, taps)
-  return (_Seen(None, logits, shown, auxiliary) for logits, auxiliary, shown in (
-      of(student, params), of(teacher, teacher_params)))
+def _several(x):
+  return x if isinstance(x, tuple) else (x,)
 
 
-def _labels(losses, one, other, batch, step):
+def _seen(modules, params, batch, taps):
+  """The _Seen of each model: all by their heads, or all by their logits."""
+  each = tuple(zip(modules, params))
+  heads = [hidden(m, p, batch, taps) for m, p in each]
+  if None not in heads:
+    return [_Seen(x, None, x.taps, x.auxiliary) for x in heads]
+  return [_Seen(None, logits, shown, auxiliary) for logits, auxiliary, shown in (
+      run(m, p, batch, taps) for m, p in each)]
+
+
+def _labels(losses, one, others, batch, step):
   """The weighted sum of losses on labels, and the value of each."""
   wanted, mask = targets(batch)
   if one.head is None:
     values = {t.name: cross_entropy(one.logits, wanted, mask) if t.kind == HARD else
-              soft_labels(one.logits, other.logits, mask, kind=t.kind,
+              soft_labels(one.logits, others[t.teacher].logits, mask, kind=t.kind,
                           temperature=t.temperature(step), **t.options) for t in losses}
     return sum(t.weight(step) * values[t.name] for t in losses), values
-  x, y = one.head, other.head
+  x = one.head
   shared = dict(weights=mask.reshape(-1), axes=token_axes())
   hard = next((t for t in losses if t.kind == HARD), None)
   if losses == [hard]:
@@ -173,7 +190,7 @@ def _labels(losses, one, other, batch, step):
   total, values = 0., {}
   for k, t in enumerate(t for t in losses if t.kind != HARD):
     with_it = hard if k == 0 else None                        # the first takes it, in one pass
-    weight = t.weight(step)
+    weight, y = t.weight(step), others[t.teacher].head
     both = weight if with_it is None else weight + with_it.weight(step)
     value, parts = distill_loss.distill_loss(
         x.states, x.matrix, y.states, y.matrix, kind=t.kind, temperature=t.temperature(step),
@@ -193,13 +210,17 @@ def _share(part, whole):
   return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.), 1.)
 
 
-def _term(student, teacher, given):
+def _term(student, teachers, given):
   kind = given.pop('kind', None)
   known = [HARD, *DIVERGENCES, *terms.KINDS]
   if kind not in known:
     raise InputError(f'no loss of kind {kind!r}; there are: {", ".join(known)}')
   name = given.pop('name', kind)
   weight = schedule(given.pop('weight', 1.), f'weight of {name}')
+  which = 0 if kind == HARD else given.pop('teacher', 0)
+  if which not in range(len(teachers)):
+    raise InputError(f'{name} of teacher {which!r}; there are {len(teachers)}, numbered from 0')
+  teacher = teachers[which]
   if kind in terms.KINDS:
     own = inspect.signature(terms.KINDS[kind]).parameters
     _check_options(kind, given, [n for n, p in own.items() if p.kind == p.KEYWORD_ONLY])
@@ -210,7 +231,8 @@ def _term(student, teacher, given):
     if len(student.stacks) > 1 or len(teacher.stacks) > 1:
       raise InputError(f'{kind} compares layers of decoders or encoders, and one of these models '
                        'is a pair of both; only losses on labels are for those')
-    return Term(name, weight, looks=terms.KINDS[kind](student, teacher, **given))
+    return Term(name, weight, looks=terms.KINDS[kind](student, teacher, **given),
+                teacher=which)
   if kind == HARD:
     _check_options(kind, given, [])
     return Term(name, weight, HARD)
@@ -223,7 +245,7 @@ def _term(student, teacher, given):
     divergence(kind, given, student.vocabulary)
   except ValueError as error:
     raise InputError(str(error)) from error
-  return Term(name, weight, kind, temperature, given)
+  return Term(name, weight, kind, temperature, given, teacher=which)
 
 
 def _check_options(kind, given, own):

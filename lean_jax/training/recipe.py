@@ -29,7 +29,7 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
     module, params: the model.
     batches: as `fit` takes them.
     steps, peak, warmup, decay, weight_decay, clip: of `optimizer.adamw`.
-    teacher: None, or (module, params).
+    teacher: None, or (module, params); or a list of several.
     losses: with a teacher, the list of `distillation.losses.parsed`; None is `soft_and_hard()`.
     trainable: a pattern on arrays' names; None is the adapters where there are any, else all. What
       the losses learn themselves trains too.
@@ -52,8 +52,9 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
     loss = _next_token(module)
   else:
     text = json.dumps(distilled.soft_and_hard() if losses is None else losses, sort_keys=True)
-    terms, loss = _distillation(module, teacher[0], text)
-    frozen = dict(teacher_params=teacher[1])
+    teachers, known = zip(*(teacher if isinstance(teacher, list) else [teacher]))
+    terms, loss = _distillation(module, teachers, text)
+    frozen = dict(teacher_params=known)
     settings |= dict(losses=json.loads(text))
     if learned := distilled.projections(terms, jax.random.key(seed)):
       params = {**params, distilled.PROJECTIONS: learned}
@@ -83,7 +84,7 @@ _next_token = functools.lru_cache(next_token)
 
 
 @functools.lru_cache
-def _distillation(student, teacher, text):
+def _distillation(student, teachers, text):
   """The Terms of a list of losses, as JSON, and the loss of them."""
-  terms = distilled.parsed(student.config, teacher.config, json.loads(text))
-  return terms, distilled.weighted(student, teacher, terms)
+  terms = distilled.parsed(student.config, tuple(t.config for t in teachers), json.loads(text))
+  return terms, distilled.weighted(student, teachers, terms)

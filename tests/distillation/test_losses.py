@@ -20,6 +20,7 @@ from lean_jax.errors import InputError
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.encoder import EncoderConfig
 from lean_jax.models.stack import Layer
+from lean_jax.nn.mamba import MambaOptions
 from lean_jax.nn.taps import TAPS
 from lean_jax.objectives.forward import forward, run, targets
 from lean_jax.objectives.language_modeling import cross_entropy
@@ -49,7 +50,8 @@ def fresh(config, seed):
 def made(losses, student=STUDENT, teacher=TEACHER):
   """The loss, and what it learns."""
   terms = parsed(student, teacher, losses)
-  return weighted(student.module, teacher.module, terms), projections(terms, jax.random.key(2))
+  modules = tuple(c.module for c in teacher) if isinstance(teacher, tuple) else teacher.module
+  return weighted(student.module, modules, terms), projections(terms, jax.random.key(2))
 
 
 @pytest.fixture(scope='module')
@@ -65,16 +67,19 @@ def logits(models):
 
 @pytest.fixture(scope='module')
 def whole(models):
-  """The loss of all kinds, its values and its gradients for the student and the teacher."""
+  """The loss of all kinds, the student's parameters with what is learned, and of a batch the loss,
+  its values, and its gradients for the student and the teacher.
+  """
   loss, learned = made(LABELS + LAYERS)
   params = {**models[0], 'projections': learned}
-  of = lambda p, t: loss(p, BATCH, None, teacher_params=t)
-  (total, values), grads = jax.jit(jax.value_and_grad(of, (0, 1), has_aux=True))(params, models[1])
-  return loss, params, total, values, grads
+  of = lambda p, t, batch: loss(p, batch, None, teacher_params=t)
+  step = jax.jit(jax.value_and_grad(of, (0, 1), has_aux=True))
+  (total, values), grads = step(params, models[1], BATCH)
+  return loss, params, total, values, grads, step
 
 
 def test_the_loss_is_the_weighted_sum_of_values_that_have_names(whole):
-  _, _, total, values, _ = whole
+  _, _, total, values, *_ = whole
   weights = {x.get('name', x['kind']): x.get('weight', 1.) for x in LABELS + LAYERS}
   assert list(sorted(values)) == sorted(weights)
   np.testing.assert_allclose(total, sum(w * values[n] for n, w in weights.items()), rtol=1e-5)
@@ -131,9 +136,9 @@ def test_no_gradient_reaches_the_teacher_and_one_reaches_what_is_learned(whole):
 
 
 def test_padding_counts_for_nothing(models, whole):
-  loss, params, total, values, _ = whole
+  _, params, total, values, _, step = whole
   other = dict(BATCH, tokens=BATCH['tokens'].at[1, 5:].set(3))
-  again, same = jax.jit(lambda p, t: loss(p, other, None, teacher_params=t))(params, models[1])
+  (again, same), _ = step(params, models[1], other)
   np.testing.assert_allclose(again, total, rtol=1e-6)
   for name in values:
     np.testing.assert_allclose(same[name], values[name], rtol=2e-5, atol=1e-7, err_msg=name)
@@ -141,7 +146,7 @@ def test_padding_counts_for_nothing(models, whole):
 
 @pytest.mark.slow
 def test_on_a_mesh_it_is_the_same_loss(models, whole):
-  loss, params, total, _, (grads, _) = whole
+  loss, params, total, _, (grads, _), _ = whole
   mesh = meshes.make_mesh(2, 2, 2)
   put = lambda t: jax.device_put(t, meshes.shardings(t, mesh))
   with meshes.on(mesh):
@@ -170,16 +175,49 @@ def test_weights_and_temperatures_follow_the_step(models):
         m['loss'], share * m['forward_kl'] + (1 - share) * m['cross_entropy'], rtol=1e-5)
 
 
+def test_several_teachers_have_their_own_losses(models):
+  losses = [dict(kind='forward_kl', name='first', weight=.3, temperature=2.),
+            dict(kind='forward_kl', name='second', teacher=1, weight=.7, temperature=2.),
+            dict(kind='cross_entropy'), dict(kind='hidden', teacher=1)]
+  second = fresh(STUDENT, 5)
+  loss, learned = made(losses, teacher=(TEACHER, STUDENT))
+  assert not learned                                         # the second is as wide as the student
+  total, values = jax.jit(lambda p, *t: loss(p, BATCH, None, teacher_params=t))(*models, second)
+  y, target, _, mask = logits(models)
+  other = jax.jit(lambda p: forward(STUDENT.module, p, BATCH)[0])(second)
+  for name, of in (('first', target), ('second', other)):
+    np.testing.assert_allclose(values[name], soft_labels(y, of, mask, temperature=2.), rtol=2e-5)
+  np.testing.assert_allclose(
+      total, .3 * values['first'] + .7 * values['second'] + values['cross_entropy']
+      + values['hidden'], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_recurrent_student_learns_states_and_geometry_from_attention():
+  student = dataclasses.replace(STUDENT, kinds=(Layer('mamba', None),),
+                                mamba=MambaOptions(inner=32, state=4, rank=2))
+  loss, learned = made([dict(kind='reverse_kl'), dict(kind='hidden'), dict(kind='cka')], student)
+  seen = trained(loss, {**fresh(student, 0), 'projections': learned}, fresh(TEACHER, 1))
+  for name in ('reverse_kl', 'hidden', 'cka'):
+    assert seen[-1][name] < seen[0][name], name
+
+
+def trained(loss, params, teacher):
+  """The metrics of 8 steps on a batch."""
+  seen = []
+  fit(loss, params, {k: BATCH for k in range(8)}, optax.adam(1e-2), steps=8,
+      frozen=dict(teacher_params=teacher),
+      hooks=[lambda step, m: seen.append({k: float(v) for k, v in m.items()})])
+  return seen
+
+
+@pytest.mark.slow
 def test_an_encoders_layers_and_a_student_with_more_heads_learn_too():
   one = EncoderConfig(vocabulary=32, width=8, layers=1, heads=4, groups=4, head_width=2, hidden=16,
                       context=8, head='masked')
   other = dataclasses.replace(one, width=16, heads=2, groups=2, head_width=8, scan_layers=False)
   loss, learned = made([dict(kind='minilmv2', relation_heads=4), dict(kind='hidden')], one, other)
-  params, teacher = {**fresh(one, 0), 'projections': learned}, fresh(other, 1)
-  seen = []
-  fit(loss, params, {k: BATCH for k in range(8)}, optax.adam(1e-2), steps=8,
-      frozen=dict(teacher_params=teacher),
-      hooks=[lambda step, m: seen.append({k: float(v) for k, v in m.items()})])
+  seen = trained(loss, {**fresh(one, 0), 'projections': learned}, fresh(other, 1))
   for name in ('minilmv2', 'hidden'):
     assert seen[-1][name] < seen[0][name], name
 
@@ -220,7 +258,8 @@ REFUSED = [
     ([dict(kind='minilmv2')], 'without relation_heads'),
     ([dict(kind='minilmv2', relation_heads=0)], 'relation_heads 0'),
     ([dict(kind='minilmv2', relation_heads=2, relations=['x'])], 'queries, keys, values'),
-    ([dict(kind='minilm', teacher_layer=2)], '-2 to 1')]
+    ([dict(kind='minilm', teacher_layer=2)], '-2 to 1'),
+    ([dict(kind='cka', teacher=1)], 'teacher 1; there are 1')]
 
 
 @pytest.mark.parametrize(('losses', 'says'), REFUSED, ids=[says for _, says in REFUSED])
@@ -234,6 +273,8 @@ def test_models_that_a_loss_does_not_fit_are_refused(tiny_model, models):
   with pytest.raises(InputError, match='48.*32.*hidden, cka, minilmv2'):
     parsed(STUDENT, other, [dict(kind='forward_kl')])
   parsed(STUDENT, other, [dict(kind='hidden')])
+  with pytest.raises(InputError, match='no loss looks at teacher 1 of 2'):
+    parsed(STUDENT, (TEACHER, other), [dict(kind='hidden')])
   with pytest.raises(InputError, match='4 heads and the teacher 8; minilmv2'):
     parsed(STUDENT, other, [dict(kind='attention')])
   with pytest.raises(InputError, match='mamba and has no attention'):

@@ -41,8 +41,8 @@ def shown(config, params, taps=TAPS, mask=None):
   return outputs[0], tapped(config, found)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
-@pytest.mark.parametrize('scan', [True, False])
+@pytest.mark.parametrize(('name', 'scan'), [
+    *((name, True) for name in CONFIGS), ('encoder', False)])
 def test_the_program_is_the_one_without_taps_where_none_are_asked_for(name, scan, monkeypatch):
   config = dataclasses.replace(CONFIGS[name], scan_layers=scan)
   params = jax.eval_shape(config.module.init, jax.random.key(0), TOKENS)['params']
@@ -56,7 +56,8 @@ def test_the_program_is_the_one_without_taps_where_none_are_asked_for(name, scan
   assert text() == with_taps
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', ['segments', *(pytest.param(name, marks=pytest.mark.slow)
+                                                for name in CONFIGS if name != 'segments')])
 def test_stacked_layers_show_what_written_out_ones_do_and_outputs_stay(name):
   config = CONFIGS[name]
   params = fresh(config)
