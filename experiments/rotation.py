@@ -64,7 +64,7 @@ def on_principal_axes(model, tokens):
   """The model in the basis of the principal axes of its normalised states of tokens [B T]."""
   _, found = model.module.apply({'params': model.params}, tokens, mutable=['taps'])
   x = np.concatenate([np.asarray(x).reshape(-1, model.config.width)
-                      for x in jax.tree.leaves(found['taps'])])
+                      for x in jax.tree.leaves(found['taps']['layers'])])
   x = x / np.sqrt(np.mean(x ** 2, axis=-1, keepdims=True))
   _, axes = np.linalg.eigh(x.T @ x)
   return in_basis(model, axes[:, ::-1])

@@ -19,6 +19,7 @@ from lean_jax.calibration.quantize import MATRICES, quantize  # noqa: F401, of t
 from lean_jax.data.batches import Batches
 from lean_jax.data.packed import check_reads_text, packed_windows
 from lean_jax.data.tokenizer import Tokenizer, load_tokenizer
+from lean_jax.distillation.losses import soft_and_hard
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
 from lean_jax.evaluation import texts as texts_in
@@ -386,26 +387,45 @@ def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3
   return dataclasses.replace(model, params=params)
 
 
-def distill(teacher: Model, data, *, student: Model | None = None, keep: int | None = None,
-            temperature: float = 2., soft_weight: float = .7, **settings) -> Model:
-  """A smaller model trained on the teacher's distributions and the text.
+def distill(teacher: Model | Sequence[Model], data, *, student: Model | None = None,
+            keep: int | None = None, temperature: float | None = None,
+            soft_weight: float | None = None, losses: Sequence[Mapping[str, Any]] | None = None,
+            **settings) -> Model:
+  """A smaller model trained on what the teacher shows, and on the text.
 
   Args:
-    student: where it starts; None takes evenly spread layers of the teacher.
+    teacher: one, or several, by number in the losses.
+    student: where it starts; None takes evenly spread layers of the (first) teacher.
     keep: how many layers; None is half of them.
-    temperature, soft_weight: of `soft_labels.distillation`.
+    temperature, soft_weight: of soft labels (2 and .7); the text's own have the rest.
+    losses: instead of these, a list such as [dict(kind='reverse_kl', temperature=2.),
+      dict(kind='hidden', weight=.5)]: see `distillation.losses.parsed`.
     settings: of `train`.
+
+  Raises:
+    InputError: another tokenizer, a loss that cannot be, or temperature and soft_weight with
+      losses.
   """
-  check_reads_text(teacher)
+  teachers = [teacher] if isinstance(teacher, Model) else list(teacher)
+  for one in teachers:
+    check_reads_text(one)
+  teacher = teachers[0]
   if student is None:
     indices = alternating(teacher.config.layers, keep or teacher.config.layers // 2)
     config, params = take_layers(teacher.config, teacher.params, indices)
     student = dataclasses.replace(teacher, config=config, params=params)
-  if student.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
-    raise InputError(f'the student reads by another tokenizer ({student.tokenizer.size} tokens) '
-                     f'than the teacher ({teacher.tokenizer.size}); soft labels need the same')
-  return train(student, data, teacher=(teacher.module, teacher.params), temperature=temperature,
-               soft_weight=soft_weight, **settings)
+  for one in teachers:
+    if student.tokenizer.fingerprint != one.tokenizer.fingerprint:
+      raise InputError(f'the student reads by another tokenizer ({student.tokenizer.size} tokens) '
+                       f'than the teacher ({one.tokenizer.size}); distillation needs the same')
+  of_labels = {k: v for k, v in dict(temperature=temperature, soft_weight=soft_weight).items()
+               if v is not None}
+  if losses is None:
+    losses = soft_and_hard(**dict(soft_weight=.7) | of_labels)
+  elif of_labels:
+    raise InputError(f'losses and {" and ".join(of_labels)} too; say them in the losses')
+  return train(student, data, teacher=[(one.module, one.params) for one in teachers],
+               losses=losses, **settings)
 
 
 def evaluate(model: Model, data, *, window: int | None = None, field: str = 'text',

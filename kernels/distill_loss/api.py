@@ -7,7 +7,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from lean_jax.kernels.distill_loss import chunked, reference
 from lean_jax.kernels.distill_loss.kinds import divergence
-from lean_jax.kernels.distill_loss.reference import Head, Plan
+from lean_jax.kernels.distill_loss.reference import Head, Mix, Plan
 from lean_jax.kernels.platforms.choice import Form, chosen
 
 __all__ = ['Head', 'cross_entropy', 'distill_loss']
@@ -33,7 +33,8 @@ def distill_loss(hs, ws, ht, wt, *, kind='forward_kl', temperature=1., labels=No
     ht, wt: [T E] and [E V], the teacher's.
     kind: a name of `kinds.KINDS`: 'forward_kl', 'reverse_kl', 'jsd', 'skew_kl', 'skew_reverse_kl',
       'total_variation' or 'top_k'.
-    temperature: > 0; 1 leaves the distributions as they are.
+    temperature: > 0; 1 leaves the distributions as they are. It and soft_weight are numbers, or
+      scalar arrays, which are not checked: one program then serves a schedule.
     labels: None, or [T], integer, 0 to V - 1; those without weight may be anything.
     soft_weight: 0 to 1; 1 without labels.
     weights: None, or [T], >= 0: of each token in the means, which are sums over
@@ -59,16 +60,17 @@ def distill_loss(hs, ws, ht, wt, *, kind='forward_kl', temperature=1., labels=No
   if ht.shape[0] != hs.shape[0]:
     raise ValueError(f'hidden states of {hs.shape[0]} tokens of the student and {ht.shape[0]} of '
                      'the teacher; expected the same tokens')
-  if not temperature > 0:
+  fixed = lambda x: not isinstance(x, jax.Array)
+  if fixed(temperature) and not temperature > 0:
     raise ValueError(f'temperature {temperature} is not positive; 1 to 4 are usual')
-  if not 0 <= soft_weight <= 1 or (labels is None and soft_weight != 1):
+  if (fixed(soft_weight) and not 0 <= soft_weight <= 1) or (
+      labels is None and (not fixed(soft_weight) or soft_weight != 1)):
     raise ValueError(f'soft_weight {soft_weight} {"without" if labels is None else "with"} labels; '
                      'expected 0 to 1, and 1 where there are none')
   f, options = divergence(kind, options, V)
-  plan = Plan(f, options, float(temperature), float(soft_weight), student, teacher, chunk,
-              tuple(axes))
+  plan = Plan(f, options, student, teacher, chunk, tuple(axes))
   ht, wt = jax.lax.stop_gradient((ht, wt))
-  return _of(implementation, plan, hs, ws, ht, wt, labels, weights)
+  return _of(implementation, plan, Mix(temperature, soft_weight), hs, ws, ht, wt, labels, weights)
 
 
 def cross_entropy(hs, ws, labels, *, weights=None, head=PLAIN, chunk=None, axes=(),
@@ -78,8 +80,8 @@ def cross_entropy(hs, ws, labels, *, weights=None, head=PLAIN, chunk=None, axes=
   Args and what it raises are as there; returns the loss alone.
   """
   _vocabulary('student', hs, ws, head)
-  plan = Plan(None, (), 1., 0., head, PLAIN, chunk, tuple(axes))
-  return _of(implementation, plan, hs, ws, None, None, labels, weights)[0]
+  plan = Plan(None, (), head, PLAIN, chunk, tuple(axes))
+  return _of(implementation, plan, Mix(1., 0.), hs, ws, None, None, labels, weights)[0]
 
 
 def forms(plan, T, V, dtype):
@@ -92,7 +94,7 @@ def forms(plan, T, V, dtype):
   return out
 
 
-def _of(implementation, plan, hs, ws, ht, wt, labels, weights):
+def _of(implementation, plan, mix, hs, ws, ht, wt, labels, weights):
   T = hs.shape[0]
   if plan.chunk is not None and plan.chunk < 1:
     raise ValueError(f'chunk {plan.chunk}; expected 1 token or more, or None')
@@ -107,7 +109,8 @@ def _of(implementation, plan, hs, ws, ht, wt, labels, weights):
   weights = jnp.ones(T) if weights is None else jax.lax.stop_gradient(weights)
   weights = weights.astype(reference.wide(hs.dtype))
   weights = weights / jnp.maximum(jnp.sum(weights), 1)
-  loss, soft, hard = _loss(implementation, plan, hs, ws, ht, wt, labels, weights)
+  mix = jax.lax.stop_gradient(Mix(*(jnp.asarray(x, weights.dtype) for x in mix)))
+  loss, soft, hard = _loss(implementation, plan, mix, hs, ws, ht, wt, labels, weights)
   return loss, jax.lax.stop_gradient(dict(soft=soft, hard=hard))
 
 
@@ -127,29 +130,29 @@ def _chunked(plan, budget, wanted, *arrays):
   return chunked.gradients(plan, budget, wanted, *arrays)
 
 
-def _reference(plan, wanted, hs, ws, *rest):
-  of = lambda hs, ws: reference.distill_loss(plan, hs, ws, *rest)
+def _reference(plan, wanted, mix, hs, ws, *rest):
+  of = lambda hs, ws: reference.distill_loss(plan, mix, hs, ws, *rest)
   parts, pull = jax.vjp(of, hs, ws)
   one, zero = jnp.ones_like(parts[0]), jnp.zeros_like(parts[0])
   dhs, dws = pull((one, zero, zero)) if any(wanted) else (None, None)
   return parts, dhs if wanted[0] else None, dws if wanted[1] else None
 
 
-def _run(implementation, plan, wanted, hs, ws, *rest):
+def _run(implementation, plan, wanted, mix, hs, ws, *rest):
   V = ws.shape[0 if plan.student.table else 1]
   each = [f._replace(run=functools.partial(f.run, wanted))
           for f in forms(plan, hs.shape[0], V, hs.dtype)]
-  return chosen('distill_loss', each, implementation)(hs, ws, *rest)
+  return chosen('distill_loss', each, implementation)(mix, hs, ws, *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(implementation, plan, hs, ws, ht, wt, labels, weights):
-  return _run(implementation, plan, (False, False), hs, ws, ht, wt, labels, weights)[0]
+def _loss(implementation, plan, mix, hs, ws, ht, wt, labels, weights):
+  return _run(implementation, plan, (False, False), mix, hs, ws, ht, wt, labels, weights)[0]
 
 
 def _forward(implementation, plan, *given):
   arrays = jax.tree.map(lambda x: x.value, given)
-  wanted = given[0].perturbed, given[1].perturbed
+  wanted = given[1].perturbed, given[2].perturbed
   parts, *grads = _run(implementation, plan, wanted, *arrays)
   return parts, grads
 
@@ -157,9 +160,9 @@ def _forward(implementation, plan, *given):
 def _backward(implementation, plan, grads, cotangents):
   g = cotangents[0]                            # the parts' own are zeros: see `_of`
   if isinstance(g, SymbolicZero):
-    return (None,) * 6
+    return (None,) * 7
   scaled = lambda x: None if x is None else (x * g).astype(x.dtype)
-  return *map(scaled, grads), None, None, None, None
+  return None, *map(scaled, grads), None, None, None, None
 
 
 _loss.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -17,21 +17,21 @@ from jax.sharding import PartitionSpec
 from lean_jax.kernels.distill_loss.reference import product, sums, wide
 
 
-def gradients(plan, budget, wanted, hs, ws, ht, wt, labels, weights):
+def gradients(plan, budget, wanted, mix, hs, ws, ht, wt, labels, weights):
   """The losses and the gradients of the first.
 
   Args:
     plan: a Plan.
     budget: bytes of a chunk's logits, where the plan leaves its size open.
     wanted: whether dhs, and whether dws, is computed.
-    hs, ws, ht, wt, labels, weights: as `reference.distill_loss`.
+    mix, hs, ws, ht, wt, labels, weights: as `reference.distill_loss`.
 
   Returns:
     (loss, soft, hard), dhs or None, dws or None.
   """
   narrow = ws.astype(hs.dtype)                       # once, and not once a chunk
   wt = None if wt is None else wt.astype(ht.dtype)
-  parts, dhs, dws = _everywhere(plan, budget, wanted, hs, narrow, ht, wt, labels, weights)
+  parts, dhs, dws = _everywhere(plan, budget, wanted, mix, hs, narrow, ht, wt, labels, weights)
   return parts, dhs, None if dws is None else dws.astype(ws.dtype)
 
 
@@ -42,31 +42,32 @@ def chunk(T, V, budget, dtype=jnp.float32):
   return -(-T // n) if n == 1 else -(-T // (8 * n)) * 8                # a TPU's tiles have 8 rows
 
 
-def _everywhere(plan, budget, wanted, *arrays):
+def _everywhere(plan, budget, wanted, mix, *arrays):
   """`_scanned` on each device's own tokens, where the plan says on which axes of a mesh they are.
 
   The head's gradient is then summed over devices once, not once a chunk.
   """
   if not plan.axes:
-    return _scanned(plan, budget, wanted, *arrays)
+    return _scanned(plan, budget, wanted, mix, *arrays)
   mesh = jax.sharding.get_abstract_mesh()
   ways = functools.reduce(lambda n, axis: n * mesh.shape[axis], plan.axes, 1)
   hs, ws, ht, wt, labels, weights = arrays
   T = hs.shape[0]
   hs, ht, labels, weights = (_padded(x, -T % ways) for x in (hs, ht, labels, weights))
 
-  def local(*arrays):
-    parts, dhs, dws = _scanned(plan, budget, wanted, *arrays)
+  def local(mix, *arrays):
+    parts, dhs, dws = _scanned(plan, budget, wanted, mix, *arrays)
     total = lambda x: None if x is None else lax.psum(x, plan.axes)
     return jax.tree.map(total, parts), dhs, total(dws)
   rows, whole = PartitionSpec(plan.axes), PartitionSpec()
   parts, dhs, dws = jax.shard_map(
-      local, in_specs=(rows, whole, rows, whole, rows, rows), out_specs=(whole, rows, whole),
-      axis_names=set(plan.axes), check_vma=False)(hs, ws, ht, wt, labels, weights)
+      local, in_specs=(whole, rows, whole, rows, whole, rows, rows),
+      out_specs=(whole, rows, whole), axis_names=set(plan.axes), check_vma=False)(
+          mix, hs, ws, ht, wt, labels, weights)
   return parts, None if dhs is None else dhs[:T], dws
 
 
-def _scanned(plan, budget, wanted, hs, ws, ht, wt, labels, weights):
+def _scanned(plan, budget, wanted, mix, hs, ws, ht, wt, labels, weights):
   T, V = hs.shape[0], ws.shape[0 if plan.student.table else 1]
   C = plan.chunk or chunk(T, V, budget, hs.dtype)
   n = -(-T // C)
@@ -78,7 +79,7 @@ def _scanned(plan, budget, wanted, hs, ws, ht, wt, labels, weights):
 
   def step(carry, own):
     parts, dws = carry
-    more, dhs, dw = _one(plan, wanted, ws, wt, *own)
+    more, dhs, dw = _one(plan, wanted, mix, ws, wt, *own)
     return (jax.tree.map(jnp.add, parts, more), jax.tree.map(jnp.add, dws, dw)), dhs
   (parts, dws), dhs = lax.scan(step, start, each)
   if wanted[0]:
@@ -86,10 +87,10 @@ def _scanned(plan, budget, wanted, hs, ws, ht, wt, labels, weights):
   return parts, dhs, dws
 
 
-def _one(plan, wanted, ws, wt, hs, ht, labels, weights):
+def _one(plan, wanted, mix, ws, wt, hs, ht, labels, weights):
   """The losses of a chunk, [C D] of hidden states, and its parts of the gradients."""
   zt = None if ht is None else product(ht, wt, plan.teacher)
-  of = lambda zs: sums(plan, zs, zt, labels, weights)
+  of = lambda zs: sums(plan, mix, zs, zt, labels, weights)
   zs = product(hs, ws, plan.student)
   if not any(wanted):
     total, parts = of(zs)

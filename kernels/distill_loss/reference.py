@@ -24,20 +24,27 @@ class Plan(NamedTuple):
 
   Attributes:
     divergence: None, or the function of log q and log p, of `kinds`; options: its own, in pairs.
-    temperature: of both distributions.
-    soft_weight: of the divergence; the cross-entropy has the rest.
     student, teacher: Heads.
     chunk: tokens at a time; None leaves it to the implementation.
     axes: of the mesh, over which the tokens are.
   """
   divergence: Any
   options: tuple
-  temperature: float
-  soft_weight: float
   student: Head
   teacher: Head
   chunk: int | None
   axes: tuple
+
+
+class Mix(NamedTuple):
+  """What may differ from step to step of one program: scalars.
+
+  Attributes:
+    temperature: of both distributions.
+    soft_weight: of the divergence; the cross-entropy has the rest.
+  """
+  temperature: Any
+  soft_weight: Any
 
 
 def product(h, w, head):
@@ -52,7 +59,7 @@ def logits(y, head):
   return y if head.softcap is None else head.softcap * jnp.tanh(y / head.softcap)
 
 
-def sums(plan, zs, zt, labels, weights):
+def sums(plan, mix, zs, zt, labels, weights):
   """The weighted sums of the loss, and of its (soft, hard) parts, of products [T V] of the heads.
 
   The soft one is times temperature squared; a part that there is not is 0.
@@ -60,20 +67,20 @@ def sums(plan, zs, zt, labels, weights):
   z = logits(zs, plan.student)
   soft = hard = jnp.zeros(z.shape[:1], z.dtype)
   if zt is not None:
-    distribution = lambda x: jax.nn.log_softmax(x / plan.temperature)
-    soft = plan.temperature ** 2 * plan.divergence(
+    distribution = lambda x: jax.nn.log_softmax(x / mix.temperature)
+    soft = mix.temperature ** 2 * plan.divergence(
         distribution(z), distribution(logits(zt, plan.teacher)), **dict(plan.options))
   if labels is not None:
     hit = labels[:, None] == jnp.arange(z.shape[1])[None]              # no gather: no scatter back
     hard = jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(hit, z, 0), axis=-1)
   soft, hard = (jnp.sum(weights.astype(x.dtype) * x) for x in (soft, hard))
-  return plan.soft_weight * soft + (1 - plan.soft_weight) * hard, (soft, hard)
+  return mix.soft_weight * soft + (1 - mix.soft_weight) * hard, (soft, hard)
 
 
-def distill_loss(plan, hs, ws, ht, wt, labels, weights):
+def distill_loss(plan, mix, hs, ws, ht, wt, labels, weights):
   """As `api.distill_loss`, of weights whose sum is 1."""
   zt = None if ht is None else product(ht, wt, plan.teacher)
-  total, parts = sums(plan, product(hs, ws, plan.student), zt, labels, weights)
+  total, parts = sums(plan, mix, product(hs, ws, plan.student), zt, labels, weights)
   return total, *parts
 
 

@@ -24,6 +24,7 @@ from lean_jax.nn.relative import RelativeBias, RelativeOptions
 from lean_jax.nn.rope import rotation
 from lean_jax.nn.rope_scaling import LongRope
 from lean_jax.nn.rounded import Rounding
+from lean_jax.nn.taps import STATES, TAPS
 
 UNROLL = 4                    # layers in the scan's body: on a CPU the loop itself costs a fifth
 
@@ -248,7 +249,7 @@ class Block(nn.Module):
         normed = norm(c, 'feed_forward_norm')(h) if c.norm_before else h
       y = FEED_FORWARDS[self.feed_forward](c, name=self.feed_forward)(normed, frame)
       x = self._add(x, y, 'feed_forward')
-    self.sow('taps', 'hidden', x)
+    self.sow(STATES, 'hidden', x)
     return (x, None if slot is None else slot.arrays), None
 
   def _add(self, x, y, branch):
@@ -297,8 +298,8 @@ def segment_module(config, segment, initializing, **kw):
     return _remat(config)(config, *kinds[0], **kw)
   cls, args = (_remat(config), kinds[0]) if len(kinds) == 1 else (Period, (kinds,))
   scanned = nn.scan(
-      cls, variable_axes={'params': 0, 'taps': 0, 'losses': 0}, split_rngs={'params': True},
-      in_axes=(0, nn.broadcast), length=segment.count,
+      cls, variable_axes=dict.fromkeys(('params', 'losses', *TAPS), 0),
+      split_rngs={'params': True}, in_axes=(0, nn.broadcast), length=segment.count,
       unroll=1 if initializing else max(1, min(segment.count, UNROLL // len(kinds))),
       metadata_params={nn.PARTITION_NAME: 'layers'})
   return scanned(config, *args, **kw)
@@ -389,6 +390,7 @@ class Stack(nn.Module):
       x = x + self.token_types(types)
     if c.embedding_norm:
       x = self.embed_norm(x)
+    self.sow(STATES, 'embedding', x)
     return nn.with_logical_constraint(x, ('batch', 'length', None))
 
   def through(self, x, frame, cache):

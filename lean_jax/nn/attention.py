@@ -11,6 +11,9 @@ from lean_jax.nn.causal import causal_attention
 from lean_jax.nn.linear import Linear
 from lean_jax.nn.norm import norm
 from lean_jax.nn.rope import Rope, rotate
+from lean_jax.nn.taps import HEADS, SCORES, asked
+
+HIDDEN = float(jnp.finfo(jnp.float32).min)     # the score of a key that a query does not see
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,9 @@ class Attention(nn.Module):
     scale = c.head_width ** -.5 if o.scale is None else o.scale
     if o.scale_by_depth:
       scale = scale / (layer.number + 1)
+    visible = within(frame.visible, frame.distance, layer.window)
+    if slot is None:
+      tap_attention(self, q, k, v, visible, scale=scale, softcap=o.softcap, bias=frame.bias)
     sinks = self.param('sinks', nn.initializers.zeros, (c.heads,)) if o.sinks else None
     whole = (c.causal and slot is None and frame.mask is None and frame.bias is None
              and layer.window is None and o.softcap is None and sinks is None)
@@ -70,9 +76,6 @@ class Attention(nn.Module):
       elif slot is not None:
         slot = slot.put('k', held.k, frame.offset).put('v', held.v, frame.offset)
         held = Plain(slot.get('k').astype(c.dtype), slot.get('v').astype(c.dtype))
-      visible = frame.visible
-      if layer.window is not None:
-        visible = visible & (jnp.abs(frame.distance) < layer.window)[None, None]
       how = dict(scale=scale, softcap=o.softcap, sinks=sinks)
       if T == 1 and isinstance(held, rounded.Held) and frame.bias is None:
         y = held.attended(q, visible, **how)
@@ -119,6 +122,30 @@ class CrossAttention(nn.Module):
     y = nn.with_logical_constraint(y, ('batch', 'length', 'heads'))
     return Linear('btf,fd->btd', (c.heads * c.head_width, D), ('heads', 'embed'), c.dtype,
                   o.out_bias, name='o')(y), slot
+
+
+def within(visible, distance, window):
+  """Which keys a query sees, [B or 1, 1, T, S], of those `visible` by their distance [T S]."""
+  if window is None:
+    return visible
+  return visible & (jnp.abs(distance) < window)[None, None]
+
+
+def tap_attention(module, q, k, v, visible, **how):
+  """Shows queries, keys and values as they are multiplied, and scores, to a call that asks.
+
+  Args:
+    module: whose taps they are.
+    q, k, v: [B T H K], [B T G K], [B T G W]; positions are in q and k.
+    visible, **how: as `scores_of` takes them. A score that is not visible is `HIDDEN`.
+  """
+  if asked(module, HEADS):
+    for name, x in dict(queries=q, keys=k, values=v).items():
+      module.sow(HEADS, name, x)
+  if asked(module, SCORES):
+    B, T, H, _ = q.shape
+    scores = scores_of(q, Plain(grouped(k), None), visible, **how)          # [G B R T S]
+    module.sow(SCORES, 'scores', scores.transpose(1, 0, 2, 3, 4).reshape(B, H, T, -1))
 
 
 def state_shapes(config, batch, length):
@@ -182,6 +209,21 @@ def attend_to(q, held, visible, *, scale=None, softcap=None, sinks=None, bias=No
   Returns:
     [B T H W], in q's dtype.
   """
+  B, T, H, _ = q.shape
+  scores = scores_of(q, held, visible, scale=scale, softcap=softcap, bias=bias)
+  G, _, R, _, S = scores.shape
+  if sinks is None:
+    probs = jax.nn.softmax(scores)
+  else:
+    sink = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(G, 1, R, 1, 1),
+                            (*scores.shape[:-1], 1))
+    probs = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1))[..., :-1]
+  y = held.mixed(probs.reshape(G * B, R * T, S).astype(held.v.dtype))
+  return y.reshape(G, B, R, T, -1).transpose(1, 3, 0, 2, 4).reshape(B, T, H, -1)
+
+
+def scores_of(q, held, visible, *, scale=None, softcap=None, bias=None):
+  """What the softmax is of, [G B R T S] float32, `HIDDEN` where not visible; as `attend_to`."""
   (B, T, H, K), S = q.shape, visible.shape[-1]
   G = held.k.shape[0] // B
   R = H // G
@@ -194,12 +236,4 @@ def attend_to(q, held, visible, *, scale=None, softcap=None, sinks=None, bias=No
     each = bias.reshape(bias.shape[0], G, R, *bias.shape[2:]).swapaxes(0, 1)
     scores = scores + each.astype(scores.dtype)
   visible = visible.reshape(1, visible.shape[0], 1, *visible.shape[2:])
-  scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
-  if sinks is None:
-    probs = jax.nn.softmax(scores)
-  else:
-    sink = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(G, 1, R, 1, 1),
-                            (*scores.shape[:-1], 1))
-    probs = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1))[..., :-1]
-  y = held.mixed(probs.reshape(G * B, R * T, S).astype(held.v.dtype))
-  return y.reshape(G, B, R, T, -1).transpose(1, 3, 0, 2, 4).reshape(B, T, H, -1)
+  return jnp.where(visible, scores, HIDDEN)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lean_jax.nn.attention import attend, grouped
+from lean_jax.nn.attention import attend, grouped, tap_attention, within
 from lean_jax.nn.causal import causal_attention
 from lean_jax.nn.linear import Linear, weight
 from lean_jax.nn.norm import RMSNorm
@@ -102,13 +102,13 @@ class LatentAttention(nn.Module):
     scale = (o.plain_width + o.rope_width) ** -.5 if o.scale is None else o.scale
     q = jnp.concatenate([q, turned], axis=-1)
     k = jnp.concatenate([k, jnp.broadcast_to(key, (*k.shape[:3], o.rope_width))], axis=-1)
+    visible = within(frame.visible, frame.distance, layer.window)
+    if slot is None:
+      tap_attention(self, q, k, v, visible, scale=scale, bias=frame.bias)
     whole = (c.causal and slot is None and frame.mask is None and frame.bias is None
              and layer.window is None)
     if whole:
       return causal_attention(q, k, v, scale)
-    visible = frame.visible
-    if layer.window is not None:
-      visible = visible & (jnp.abs(frame.distance) < layer.window)[None, None]
     return attend(q, grouped(k), grouped(v), visible, scale=scale, bias=frame.bias)
 
 

@@ -16,9 +16,24 @@ INPUTS = ('tokens', 'mask', 'token_types', 'decoder_tokens', 'decoder_mask')
 
 def forward(module, params, batch):
   """The outputs of a model, [B T V] or [B C], and the sum of its layers' auxiliary losses."""
+  outputs, auxiliary, _ = run(module, params, batch)
+  return outputs, auxiliary
+
+
+def run(module, params, batch, taps=(), method=None):
+  """What a method of a model gives of a batch; None is its call.
+
+  Args:
+    taps: collections to look at, of `nn.taps`.
+
+  Returns:
+    its outputs; the sum of the layers' auxiliary losses; {collection: tree} of the taps.
+  """
   given = {k: batch[k] for k in INPUTS if k in batch}
-  (outputs, _), sown = module.apply({'params': params}, **given, mutable=['losses'])
-  return outputs, _sum(sown)
+  (outputs, _), sown = module.apply({'params': params}, **given, mutable=['losses', *taps],
+                                    method=method)
+  auxiliary = sum((jnp.sum(x) for x in jax.tree.leaves(sown.pop('losses', ()))), jnp.zeros(()))
+  return outputs, auxiliary, sown
 
 
 class Hidden(NamedTuple):
@@ -29,21 +44,22 @@ class Hidden(NamedTuple):
     matrix: of the head.
     head: how products with it are logits, as `kernels.distill_loss` takes it.
     auxiliary: the sum of the layers' auxiliary losses.
+    taps: {collection: tree}.
   """
   states: Any
   matrix: Any
   head: Any
   auxiliary: Any
+  taps: Any
 
 
-def hidden(module, params, batch):
+def hidden(module, params, batch, taps=()):
   """The Hidden of a model; None of one whose outputs are no product of `hidden` and a matrix."""
   found = module.head_of(params) if hasattr(module, 'head_of') else None
   if found is None:
     return None
-  given = {k: batch[k] for k in INPUTS if k in batch}
-  (x, _), sown = module.apply({'params': params}, **given, mutable=['losses'], method='hidden')
-  return Hidden(x.reshape(-1, x.shape[-1]), *found, _sum(sown))
+  x, auxiliary, sown = run(module, params, batch, taps, 'hidden')
+  return Hidden(x.reshape(-1, x.shape[-1]), *found, auxiliary, sown)
 
 
 def token_axes():
@@ -54,10 +70,6 @@ def token_axes():
   axes = (axes,) if isinstance(axes, str) else axes or ()
   return tuple(a for a in axes if kinds.get(a, AxisType.Manual) != AxisType.Manual
                and mesh.shape[a] > 1)
-
-
-def _sum(sown):
-  return sum((jnp.sum(x) for x in jax.tree.leaves(sown)), jnp.zeros(()))
 
 
 def targets(batch):

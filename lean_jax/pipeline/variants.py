@@ -9,6 +9,7 @@ from lean_jax.api import Model
 from lean_jax.calibration.steps import apply
 from lean_jax.calibration.text import of_windows
 from lean_jax.data.batches import Batches
+from lean_jax.distillation.losses import soft_and_hard
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.distillation.written import written
 from lean_jax.errors import InputError
@@ -72,14 +73,20 @@ def make(variant, model, models, windows, c, mesh, folder, bars, stop):
     with bars.bar(f'train {variant["name"]}', phase.steps) as update:
       params, seconds = train(
           model.module, model.params, batches, steps=phase.steps, peak=phase.peak,
-          teacher=teacher and (teacher.module, teacher.params), **dict(c.distillation), mesh=mesh,
-          seed=c.seed, folder=folder, stop=stop,
+          teacher=teacher and (teacher.module, teacher.params),
+          losses=_losses(c.distillation) if teacher else None, mesh=mesh, seed=c.seed,
+          folder=folder, stop=stop,
           hooks=(progress.training(update, phase.steps, batch * windows['main'].length),),
           **settings)
     model = dataclasses.replace(model, params=params)
   done = applied(model, 'finish')
   _tell_merged(variant, model.params, done.params, bars)
   return done, seconds
+
+
+def _losses(c):
+  """The list of losses of a config: `losses`, or the temperature and soft_weight of two."""
+  return c.losses if 'losses' in c else soft_and_hard(**c)
 
 
 def _tell_merged(variant, before, after, bars):

@@ -1,5 +1,6 @@
 """One loop for every method: a method is a loss, a tree, or a pattern of what trains."""
 import functools
+import inspect
 import time
 
 import jax
@@ -22,7 +23,8 @@ def fit(loss_fn, params, batches, tx, *, steps, trainable='.*', frozen=None, mes
   with the very bits of an uninterrupted one.
 
   Args:
-    loss_fn: (params, batch, key, **frozen) -> (scalar, {metric: scalar}), pure.
+    loss_fn: (params, batch, key, **frozen) -> (scalar, {metric: scalar}), pure; one that has an
+      argument `step` is given the steps done before, an int32 scalar.
     params: tree of weights and arrays; the caller's arrays are not donated.
     batches: batches[step] is this host's rows of a batch, {name: array of rows}.
     tx: optax transformation.
@@ -102,11 +104,14 @@ def _update(loss_fn, tx, accumulate, shape, places):
 
   The state leaves it where it entered (`places`): a step that moved it would be compiled again.
   """
+  follows = 'step' in inspect.signature(loss_fn).parameters
+
   @functools.partial(jax.jit, donate_argnums=(0, 1),
                      out_shardings=(*jax.tree.unflatten(shape, places), None))
   def update(train, opt, bad, rest, frozen, batch, key, step):
     def loss(train, batch, key):
-      return loss_fn(tree.merge(train, rest), batch, key, **frozen)
+      given = dict(frozen, step=step) if follows else frozen
+      return loss_fn(tree.merge(train, rest), batch, key, **given)
     key = jax.random.fold_in(key, step)
     (value, metrics), grads = _gradient(loss, train, batch, key, accumulate)
     updates, opt = tx.update(grads, opt, train)

@@ -1,13 +1,14 @@
 """Training a model from settings: which loss, which optimizer, where the state is kept."""
 import contextlib
 import functools
+import json
 import pathlib
 
 import jax
 
 from lean_jax.adapters.dropout import dropping, drops_out
 from lean_jax.adapters.trained import trained
-from lean_jax.distillation.soft_labels import distillation
+from lean_jax.distillation import losses as distilled
 from lean_jax.errors import InputError
 from lean_jax.objectives.language_modeling import next_token
 from lean_jax.quantization.ema import averaged, has_averages
@@ -18,18 +19,18 @@ from lean_jax.training.optimizer import adamw
 
 
 def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', weight_decay=0.,
-          clip=1., b_ratio=1., accumulate=1, teacher=None, temperature=2., soft_weight=.5,
-          trainable=None, mesh=None, seed=0, folder=None, save_every=200, log_every=10, hooks=(),
-          stop=lambda: False):
-  """Trains by hard labels, or by a teacher's soft ones too.
+          clip=1., b_ratio=1., accumulate=1, teacher=None, losses=None, trainable=None, mesh=None,
+          seed=0, folder=None, save_every=200, log_every=10, hooks=(), stop=lambda: False):
+  """Trains by hard labels, or by what a teacher shows.
 
   Args:
     module, params: the model.
     batches: as `fit` takes them.
     steps, peak, warmup, decay, weight_decay, clip, b_ratio: of `optimizer.adamw`.
-    teacher: None, or (module, params) with the same vocabulary.
-    temperature, soft_weight: of `soft_labels.distillation`; without a teacher unused.
-    trainable: a pattern on arrays' names; None is the adapters where there are any, else all.
+    teacher: None, or (module, params); or a list of several.
+    losses: with a teacher, the list of `distillation.losses.parsed`; None is `soft_and_hard()`.
+    trainable: a pattern on arrays' names; None is the adapters where there are any, else all. What
+      the losses learn themselves trains too.
     folder: where checkpoints and metrics go; None keeps nothing.
     save_every, log_every: steps.
     accumulate, mesh, seed, hooks, stop: of `fit`.
@@ -37,23 +38,27 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
   Returns:
     params, seconds: as `fit`.
   """
-  if teacher is not None and teacher[0].config.vocabulary != module.config.vocabulary:
-    raise InputError(f'the teacher has a vocabulary of {teacher[0].config.vocabulary} and the '
-                     f'student of {module.config.vocabulary}; soft labels need the same tokenizer')
+  if teacher is None and losses is not None:
+    raise InputError('losses without a teacher; give one, or leave them out')
   schedule = dict(steps=steps, peak=peak, warmup=warmup, decay=decay, weight_decay=weight_decay,
                   clip=clip, b_ratio=b_ratio)
   tx = averaged(adamw(**schedule)) if has_averages(params) else adamw(**schedule)
   settings = dict(schedule, accumulate=accumulate)
+  trainable = trainable or trained(params) or '.*'
   frozen = {}
   if teacher is None:
     loss = _next_token(module)
   else:
-    loss = _distillation(module, teacher[0], temperature, soft_weight)
-    frozen = dict(teacher_params=teacher[1])
-    settings |= dict(temperature=temperature, soft_weight=soft_weight)
+    text = json.dumps(distilled.soft_and_hard() if losses is None else losses, sort_keys=True)
+    teachers, known = zip(*(teacher if isinstance(teacher, list) else [teacher]))
+    terms, loss = _distillation(module, teachers, text)
+    frozen = dict(teacher_params=known)
+    settings |= dict(losses=json.loads(text))
+    if learned := distilled.projections(terms, jax.random.key(seed)):
+      params = {**params, distilled.PROJECTIONS: learned}
+      trainable = f'{trainable}|{distilled.PROJECTIONS}/.*'
   if drops_out(params):
     loss = dropping(loss)
-  trainable = trainable or trained(params) or '.*'
   with contextlib.ExitStack() as stack:
     checkpoints = None
     if folder is not None:
@@ -62,13 +67,19 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
       if jax.process_index() == 0:
         hooks = (*hooks, stack.enter_context(
             Metrics(folder, every=log_every, first=checkpoints.latest() or 0)))
-    return fit(loss, params, batches, tx, steps=steps, trainable=trainable, frozen=frozen,
-               mesh=mesh, accumulate=accumulate, seed=seed, hooks=hooks, checkpoints=checkpoints,
-               settings=settings, stop=stop)
+    params, seconds = fit(
+        loss, params, batches, tx, steps=steps, trainable=trainable, frozen=frozen, mesh=mesh,
+        accumulate=accumulate, seed=seed, hooks=hooks, checkpoints=checkpoints, settings=settings,
+        stop=stop)
+  return {k: v for k, v in params.items() if k != distilled.PROJECTIONS}, seconds
 
 
 # The same loss object for the same settings, so that its step is compiled once a process.
 _next_token = functools.lru_cache(next_token)
-_distillation = functools.lru_cache(
-    lambda student, teacher, temperature, soft_weight: distillation(
-        student, teacher, temperature=temperature, soft_weight=soft_weight))
+
+
+@functools.lru_cache
+def _distillation(student, teachers, text):
+  """The Terms of a list of losses, as JSON, and the loss of them."""
+  terms = distilled.parsed(student.config, tuple(t.config for t in teachers), json.loads(text))
+  return terms, distilled.weighted(student, teachers, terms)

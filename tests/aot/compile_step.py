@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lean_jax import methods, tree
-from lean_jax.distillation.soft_labels import distillation
+from lean_jax.distillation.losses import distillation
 from lean_jax.models.decoder import Decoder, DecoderConfig
 from lean_jax.training import loop, mesh
 from lean_jax.training.optimizer import adamw

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from lean_jax import methods
-from lean_jax.distillation.soft_labels import distillation, soft_labels
+from lean_jax.distillation.losses import distillation
+from lean_jax.distillation.soft_labels import soft_labels
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
 from lean_jax.models.decoder import Decoder, DecoderConfig

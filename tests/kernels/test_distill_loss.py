@@ -130,6 +130,27 @@ def test_the_parts_are_the_two_losses_and_have_no_gradient():
   assert not jax.grad(lambda hs: of(hs, ws)[1]['soft'])(hs).any()
 
 
+def test_temperature_and_weight_may_be_arrays_of_one_program():
+  hs, ws, ht, wt, labels, weights = operands()
+  count = []
+
+  @jax.jit
+  def scheduled(hs, ws, temperature, soft_weight):
+    count.append(1)
+    return jax.value_and_grad(lambda hs, ws: distill_loss(
+        hs, ws, ht, wt, labels=labels, weights=weights, temperature=temperature,
+        soft_weight=soft_weight, chunk=4)[0], (0, 1))(hs, ws)
+  for temperature, soft_weight in ((2., .3), (5., 1.)):
+    want = run((hs, ws, ht, wt, labels, weights), temperature=temperature, soft_weight=soft_weight,
+               chunk=4)
+    got = jax.tree.leaves(scheduled(hs, ws, temperature, soft_weight))
+    for ours, theirs in zip(got, want):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+  assert len(count) == 1
+  slope = jax.grad(lambda t: distill_loss(hs, ws, ht, wt, temperature=t)[0])(2.)
+  assert float(slope) == 0                                             # a setting, not a parameter
+
+
 def test_nothing_flows_to_the_teacher_or_the_weights():
   hs, ws, ht, wt, _, weights = operands()
   loss = lambda ht, wt, weights: distill_loss(hs, ws, ht, wt, weights=weights)[0]
@@ -264,6 +285,7 @@ REFUSED = [
     (dict(kind='jsd', k=3), 'beta'), (dict(kind='jsd', beta=1.), 'beta 1.0'),
     (dict(kind='top_k'), 'k None'), (dict(kind='top_k', k=V), f'1 to {V - 1}'),
     (dict(temperature=0.), 'temperature'), (dict(soft_weight=.5), 'without labels'),
+    (dict(soft_weight=jnp.ones(())), 'without labels'),
     (dict(soft_weight=2., labels=jnp.zeros(T, int)), 'soft_weight 2.0'),
     (dict(labels=jnp.zeros(T)), 'integers'), (dict(weights=jnp.ones(T + 1)), 'weights'),
     (dict(chunk=0), 'chunk 0'), (dict(axes=('data',)), 'not of the mesh'),

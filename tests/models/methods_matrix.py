@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from lean_jax import methods, tree
-from lean_jax.distillation.soft_labels import distillation
+from lean_jax.distillation.losses import distillation
 from lean_jax.models.families import family_of
 from lean_jax.objectives.forward import forward
 from lean_jax.objectives.language_modeling import next_token

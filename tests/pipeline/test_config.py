@@ -1,13 +1,16 @@
 """The experiment's sizes: what each says of itself."""
 import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from lean_jax.distillation.losses import soft_and_hard
 from lean_jax.errors import InputError
 from lean_jax.interop import hf
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.pipeline import variants
+from lean_jax.report.progress import Bars
 
 pipeline, qat, ptq = (importlib.import_module(f'lean_jax.experiments.{name}')
                       for name in ('lean_pipeline', 'qat', 'quantization'))
@@ -42,6 +45,23 @@ def test_the_full_size_has_several_hundred_million_parameters():
 def test_an_unknown_size_is_refused(experiment):
   with pytest.raises(ValueError, match='tiny'):
     experiment.get_config('huge')
+
+
+@pytest.mark.parametrize('losses', [None, (dict(kind='reverse_kl', weight=.5),)])
+def test_a_configs_losses_are_those_that_a_student_trains_by(losses, tiny_model, monkeypatch):
+  c, given = pipeline.get_config('tiny').unlock(), {}
+  if losses:
+    c.distillation = dict(losses=losses)
+
+  def train(module, params, batches, **settings):
+    given.update(settings)
+    return params, 0.
+  monkeypatch.setattr(variants, 'train', train)
+  monkeypatch.setattr(variants, 'Batches', lambda *args, **kw: None)
+  variant = next(v for v in c.variants if v['name'] == 'student')
+  variants.make(variant, tiny_model, dict(teacher=tiny_model), dict(main=SimpleNamespace(length=8)),
+                c, None, None, Bars(), None)
+  assert tuple(given['losses']) == (losses or soft_and_hard(1., .5))
 
 
 def test_what_a_teacher_writes_needs_a_teacher(tiny_model):

@@ -17,7 +17,8 @@ def test_channels_are_made_large_and_no_logit_changes(tiny_model, monkeypatch):
   axes = on_principal_axes(tiny_model, jnp.asarray(tokens))
   np.testing.assert_allclose(axes.logits(tokens), want, atol=1e-4)
   _, found = axes.module.apply({'params': axes.params}, jnp.asarray(tokens), mutable=['taps'])
-  x = np.concatenate([np.asarray(x).reshape(-1, 32) for x in jax.tree.leaves(found['taps'])])
+  x = np.concatenate([np.asarray(x).reshape(-1, 32)
+                      for x in jax.tree.leaves(found['taps']['layers'])])
   size = np.sum(x ** 2, axis=0)
   assert size[0] == size.max() and size[0] > 3 * np.median(size)
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lean_jax import methods, tree
-from lean_jax.distillation.soft_labels import distillation
+from lean_jax.distillation.losses import distillation
 from lean_jax.errors import InputError, NonFiniteError, Preempted
 from lean_jax.models.decoder import Decoder, DecoderConfig
 from lean_jax.objectives.language_modeling import next_token

@@ -1,0 +1,254 @@
+"""A weighted list of losses from a config, as one loss of a student and its teacher."""
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lean_jax.distillation import terms
+from lean_jax.distillation.schedules import schedule
+from lean_jax.distillation.soft_labels import soft_labels
+from lean_jax.errors import InputError
+from lean_jax.kernels.distill_loss import api as distill_loss
+from lean_jax.kernels.distill_loss.kinds import KINDS as DIVERGENCES
+from lean_jax.kernels.distill_loss.kinds import divergence
+from lean_jax.models.segments import located
+from lean_jax.nn.taps import STATES
+from lean_jax.objectives.forward import hidden, run, targets, token_axes
+from lean_jax.objectives.language_modeling import cross_entropy
+from lean_jax.tree import named_arrays
+
+HARD = 'cross_entropy'
+PROJECTIONS = 'projections'    # where the tree of trained parameters has the losses' own
+
+
+class Term(NamedTuple):
+  """One loss of the list.
+
+  Attributes:
+    name: of its value among the metrics.
+    weight: steps done -> number.
+    kind: of labels: `HARD` or one of `DIVERGENCES`; None of taps.
+    temperature: steps done -> number; None but of a divergence.
+    options: of the divergence.
+    looks: a `terms.Looks`; None of labels.
+    teacher: its number.
+  """
+  name: str
+  weight: Callable
+  kind: str | None = None
+  temperature: Callable | None = None
+  options: Any = None
+  looks: Any = None
+  teacher: int = 0
+
+
+def parsed(student, teachers, losses):
+  """The Terms of a config's list.
+
+  Args:
+    student: its config.
+    teachers: a config, or a tuple of several's.
+    losses: dicts: `kind`, of labels 'cross_entropy' or one of `distill_loss`, or of taps one of
+      `terms.KINDS`; `weight` (1), `name` (the kind), `teacher` (0, the first of several); the
+      temperature (1) of soft labels; the kind's own options. Weights and temperatures may be what
+      `schedule` takes.
+
+  Raises:
+    InputError: a kind, an option or a number that there is not, two of one name, vocabularies that
+      differ, or a list that does not look at a teacher.
+  """
+  if not losses:
+    raise InputError("no losses; give some, dict(kind='forward_kl') say")
+  teachers = _several(teachers)
+  out = [_term(student, teachers, dict(given)) for given in losses]
+  names = [t.name for t in out]
+  odd = [n for n in names if names.count(n) > 1 or n in ('loss', 'grad_norm')]
+  if odd:
+    raise InputError(f'several values would be named {odd[0]!r}; give the losses a name each: '
+                     "dict(kind=..., name='another')")
+  hard = [t.kind == HARD for t in out]
+  if sum(hard) > 1:
+    raise InputError('cross_entropy twice; one with the sum of both weights is the same')
+  unseen = set(range(len(teachers))) - {t.teacher for t in out if t.kind != HARD}
+  if unseen and len(teachers) > 1:
+    raise InputError(f'no loss looks at teacher {min(unseen)} of {len(teachers)}; give one, '
+                     f'dict(kind=..., teacher={min(unseen)}), or leave the teacher out')
+  if all(hard):
+    raise InputError('the only loss is cross_entropy, which needs no teacher; add one that looks '
+                     f'at it: {", ".join([*DIVERGENCES, *terms.KINDS])}')
+  return tuple(out)
+
+
+def weighted(student, teachers, losses):
+  """The loss (params, batch, key, step, teacher_params=) -> (scalar, {name: value}) of Terms.
+
+  It is the sum of each value times its weight, and of the student's auxiliary losses. The teacher
+  is an argument of the compiled step, inside it, and has no gradient. Where all heads are matrices
+  of floats, nobody's logits are ever all in memory; see `kernels.distill_loss`.
+
+  Args:
+    student: a module.
+    teachers: a module; or a tuple of several, and teacher_params is then one too.
+    losses: from `parsed`.
+  """
+  labels, taps = [t for t in losses if t.looks is None], [t for t in losses if t.looks is not None]
+  wanted = tuple(sorted({c for t in taps for c in t.looks.taps}))
+  teachers = _several(teachers)
+
+  def loss(params, batch, key, step=0, *, teacher_params):
+    del key
+    one, *others = _seen((student, *teachers), (params, *_several(teacher_params)), batch, wanted)
+    total, values = _labels(labels, one, others, batch, step) if labels else (0., {})
+    if taps:
+      mine = tapped(student.config, one.taps)
+      theirs = [tapped(m.config, other.taps) for m, other in zip(teachers, others)]
+      real = batch.get('mask', jnp.ones(batch['tokens'].shape, bool))
+      for t in taps:
+        value = t.looks.value(mine, theirs[t.teacher], real,
+                              params.get(PROJECTIONS, {}).get(t.name))
+        total, values[t.name] = total + t.weight(step) * value, value
+    return total + one.auxiliary, jax.lax.stop_gradient(values)
+  return loss
+
+
+def soft_and_hard(temperature=2., soft_weight=.5):
+  """The list for `parsed` of soft labels and the rest hard ones: Hinton et al. 2015."""
+  return (dict(kind='forward_kl', name='soft', weight=soft_weight, temperature=temperature),
+          dict(kind=HARD, name='hard', weight=1 - soft_weight))
+
+
+def distillation(student, teacher, *, temperature, soft_weight):
+  """`weighted` of `soft_and_hard` labels, of two modules with the same vocabulary."""
+  return weighted(student, teacher, parsed(
+      student.config, teacher.config, soft_and_hard(temperature, soft_weight)))
+
+
+def projections(losses, key):
+  """{name: matrix} of the Terms that learn one; entries are normal, of variance 1 / D."""
+  shapes = {t.name: t.looks.projection for t in losses
+            if t.looks is not None and t.looks.projection is not None}
+  return {name: jax.random.normal(jax.random.fold_in(key, k), shape) * shape[0] ** -.5
+          for k, (name, shape) in enumerate(shapes.items())}
+
+
+def tapped(config, found):
+  """The Tapped of {collection: tree}, of stacked layers or of ones written out."""
+  layers, embedding = [{} for _ in config.each], None
+  for collection, sown in found.items():
+    for path, x in named_arrays(sown).items():
+      inner, at = located(config, path)
+      *_, name, _ = inner.split('/')                               # the last is sow's own tuple
+      if at is None:
+        embedding = x if collection == STATES and path.startswith('embedding/') else embedding
+      elif isinstance(at, int):
+        layers[at][name] = x
+      else:
+        for k, n in enumerate(at):
+          layers[n][name] = x[k]
+  return terms.Tapped(layers, embedding)
+
+
+class _Seen(NamedTuple):
+  """A model on a batch: `head` to go through, or else its `logits`."""
+  head: Any
+  logits: Any
+  taps: Any
+  auxiliary: Any
+
+
+def _several(x):
+  return x if isinstance(x, tuple) else (x,)
+
+
+def _seen(modules, params, batch, taps):
+  """The _Seen of each model: all by their heads, or all by their logits."""
+  each = tuple(zip(modules, params))
+  heads = [hidden(m, p, batch, taps) for m, p in each]
+  if None not in heads:
+    return [_Seen(x, None, x.taps, x.auxiliary) for x in heads]
+  return [_Seen(None, logits, shown, auxiliary) for logits, auxiliary, shown in (
+      run(m, p, batch, taps) for m, p in each)]
+
+
+def _labels(losses, one, others, batch, step):
+  """The weighted sum of losses on labels, and the value of each."""
+  wanted, mask = targets(batch)
+  if one.head is None:
+    values = {t.name: cross_entropy(one.logits, wanted, mask) if t.kind == HARD else
+              soft_labels(one.logits, others[t.teacher].logits, mask, kind=t.kind,
+                          temperature=t.temperature(step), **t.options) for t in losses}
+    return sum(t.weight(step) * values[t.name] for t in losses), values
+  x = one.head
+  shared = dict(weights=mask.reshape(-1), axes=token_axes())
+  hard = next((t for t in losses if t.kind == HARD), None)
+  if losses == [hard]:
+    value = distill_loss.cross_entropy(x.states, x.matrix, wanted.reshape(-1), head=x.head,
+                                       **shared)
+    return hard.weight(step) * value, {hard.name: value}
+  total, values = 0., {}
+  for k, t in enumerate(t for t in losses if t.kind != HARD):
+    with_it = hard if k == 0 else None                        # the first takes it, in one pass
+    weight, y = t.weight(step), others[t.teacher].head
+    both = weight if with_it is None else weight + with_it.weight(step)
+    value, parts = distill_loss.distill_loss(
+        x.states, x.matrix, y.states, y.matrix, kind=t.kind, temperature=t.temperature(step),
+        labels=None if with_it is None else wanted.reshape(-1),
+        soft_weight=1. if with_it is None else _share(weight, both), student=x.head,
+        teacher=y.head, **shared, **t.options)
+    total, values[t.name] = total + both * value, parts['soft']
+    if with_it is not None:
+      values[with_it.name] = parts['hard']
+  return total, values
+
+
+def _share(part, whole):
+  """part / whole, 1 where both are 0."""
+  if isinstance(whole, float):
+    return part / whole if whole else 1.
+  return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.), 1.)
+
+
+def _term(student, teachers, given):
+  kind = given.pop('kind', None)
+  known = [HARD, *DIVERGENCES, *terms.KINDS]
+  if kind not in known:
+    raise InputError(f'no loss of kind {kind!r}; there are: {", ".join(known)}')
+  name = given.pop('name', kind)
+  weight = schedule(given.pop('weight', 1.), f'weight of {name}')
+  which = 0 if kind == HARD else given.pop('teacher', 0)
+  if which not in range(len(teachers)):
+    raise InputError(f'{name} of teacher {which!r}; there are {len(teachers)}, numbered from 0')
+  teacher = teachers[which]
+  if kind in terms.KINDS:
+    own = inspect.signature(terms.KINDS[kind]).parameters
+    _check_options(kind, given, [n for n, p in own.items() if p.kind == p.KEYWORD_ONLY])
+    missing = [n for n, p in own.items()
+               if p.kind == p.KEYWORD_ONLY and p.default is p.empty and n not in given]
+    if missing:
+      raise InputError(f'{kind} without {missing[0]}; give it')
+    if len(student.stacks) > 1 or len(teacher.stacks) > 1:
+      raise InputError(f'{kind} compares layers of decoders or encoders, and one of these models '
+                       'is a pair of both; only losses on labels are for those')
+    return Term(name, weight, looks=terms.KINDS[kind](student, teacher, **given),
+                teacher=which)
+  if kind == HARD:
+    _check_options(kind, given, [])
+    return Term(name, weight, HARD)
+  if student.vocabulary != teacher.vocabulary:
+    raise InputError(f'the teacher has a vocabulary of {teacher.vocabulary} and the student of '
+                     f'{student.vocabulary}; soft labels ({kind}) need the same tokenizer in both; '
+                     'losses on layers do not need it: hidden, cka, minilmv2')
+  temperature = schedule(given.pop('temperature', 1.), f'temperature of {name}', positive=True)
+  try:
+    divergence(kind, given, student.vocabulary)
+  except ValueError as error:
+    raise InputError(str(error)) from error
+  return Term(name, weight, kind, temperature, given, teacher=which)
+
+
+def _check_options(kind, given, own):
+  odd = [n for n in given if n not in own]
+  if odd:
+    raise InputError(f'{kind} has no {odd[0]!r}; it has: {", ".join(["weight", "name", *own])}')
