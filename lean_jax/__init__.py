@@ -32,18 +32,20 @@ if TYPE_CHECKING:
     save,
     save_adapter,
     scan_layers,
+    together,
     train,
+    use,
   )
   from lean_jax.evaluation.audit import audit
 
 _API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'generate',
         'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
-        'save_adapter', 'scan_layers', 'train')
+        'save_adapter', 'scan_layers', 'together', 'train', 'use')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
            'attach_lora', 'audit', 'distill', 'evaluate', 'generate', 'load', 'load_adapter',
            'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers',
-           'train']
+           'together', 'train', 'use']
 
 
 def __getattr__(name):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import methods, tree
-from lean_jax.adapters import ia3
+from lean_jax.adapters import ia3, several
 from lean_jax.adapters.lora import sides
 from lean_jax.adapters.peft import load_peft, save_peft
 from lean_jax.adapters.requantize import requantize as merged_again
@@ -334,6 +334,31 @@ def load_adapter(model: Model, folder) -> Model:
   """
   return dataclasses.replace(
       model, params=load_peft(folder, model.family, model.config, model.params))
+
+
+def together(adapted: Mapping[str, Model]) -> Model:
+  """One base with the LoRA adapters of several models over it, by name; the first is in use.
+
+  Memory is the base once, and the adapters, each of the largest rank. `use` switches.
+
+  Raises:
+    InputError: none are given, adapters other than LoRA, or over another base.
+  """
+  params = several.together({name: model.params for name, model in adapted.items()})
+  return dataclasses.replace(next(iter(adapted.values())), params=params)
+
+
+def use(model: Model, adapter: str | Sequence[str | None] | None) -> Model:
+  """The model with another of its adapters in use, without copying or compiling anything.
+
+  Args:
+    adapter: a name, or None for the base alone; or one for each row of a batch, of a model without
+      experts: with more rows than names, as many rows after each other use each.
+
+  Raises:
+    InputError: there is no such adapter, or there are none to choose from.
+  """
+  return dataclasses.replace(model, params=several.use(model.params, adapter))
 
 
 def merge(model: Model) -> Model:

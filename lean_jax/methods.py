@@ -101,10 +101,20 @@ def grouped(steps):
 
 def at_once(params, rules, key=None):
   """The tree after rules of which none looks at inputs: one compiled program, not one for each
-  operation on each shape.
+  operation on each shape. Arrays that no method changes are those of `params`, not copies.
   """
   random = any(rule and 'key' in rule.takes for _, rule in rules)
-  return jax.jit(functools.partial(transform, rules=rules))(params, key=key if random else None)
+  traced = []
+
+  def changed(params, key):
+    given = {id(x): k for k, x in enumerate(jax.tree.leaves(params))}
+    leaves, shape = jax.tree.flatten(transform(params, rules, key=key))
+    origins = [given.get(id(x)) for x in leaves]
+    traced.append((shape, origins))
+    return [x for x, k in zip(leaves, origins) if k is None]
+  new = iter(jax.jit(changed)(params, key if random else None))
+  (shape, origins), old = traced[-1], jax.tree.leaves(params)
+  return shape.unflatten([next(new) if k is None else old[k] for k in origins])
 
 
 def bound(name, settings):

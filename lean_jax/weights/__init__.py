@@ -11,12 +11,13 @@ from lean_jax.weights.prepared import Prepared
 from lean_jax.weights.quantized import Quantized
 from lean_jax.weights.rescaled import Rescaled
 from lean_jax.weights.scaled import Scaled
+from lean_jax.weights.several import Several
 from lean_jax.weights.trained import Trained
 from lean_jax.weights.vectors import Vectors
 
-KINDS = (Dense, Quantized, FakeQuantized, LearnedStep, LowRank, Magnitude, Vectors, Scaled,
-         Rescaled, Outliers, Prepared)
+KINDS = (Dense, Quantized, FakeQuantized, LearnedStep, LowRank, Several, Magnitude, Vectors,
+         Scaled, Rescaled, Outliers, Prepared)
 
 __all__ = ['KINDS', 'Adapter', 'Dense', 'FakeQuantized', 'LearnedStep', 'LowRank', 'Magnitude',
-           'Outliers', 'Prepared', 'Quantized', 'Rescaled', 'Scaled', 'Trained', 'Vectors',
-           'Weight', 'Wrapper', 'bare']
+           'Outliers', 'Prepared', 'Quantized', 'Rescaled', 'Scaled', 'Several', 'Trained',
+           'Vectors', 'Weight', 'Wrapper', 'bare']

@@ -121,14 +121,14 @@ def test_files_of_a_size_are_all_there_or_none_is(tiny_model, tmp_path, monkeypa
   lean.save(tiny_model, tmp_path / 'out', format='hf', max_shard_size='10KB')
   assert len(list((tmp_path / 'out').glob('*.safetensors'))) > 2
   same(lean.load(tmp_path / 'out').params, tiny_model.params)
-  write, written = shards._write, []
+  write, written = shards.write_file, []
 
   def full(*given):
     write(*given)
     written.append(given[0])
     if len(written) == 2:
       raise OSError(errno.ENOSPC, 'No space left on device')
-  monkeypatch.setattr(shards, '_write', full)
+  monkeypatch.setattr(shards, 'write_file', full)
   for target, overwrite in (('new', False), ('out', True)):
     written.clear()
     with pytest.raises(lean.InputError, match='no space left'):

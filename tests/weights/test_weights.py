@@ -16,6 +16,7 @@ from lean_jax.adapters.dora import dora
 from lean_jax.adapters.ia3 import ia3
 from lean_jax.adapters.lora import lora
 from lean_jax.adapters.merge import merge
+from lean_jax.adapters.several import together, use
 from lean_jax.adapters.vera import vera
 from lean_jax.errors import InputError
 from lean_jax.kernels.native import library
@@ -43,6 +44,13 @@ def adapted(w, **kw):
 def moved(w):
   """The weight with what it has of floats a little larger."""
   return jax.tree.map(lambda x: x + .1 if jnp.issubdtype(x.dtype, jnp.floating) else x, w)
+
+
+def switched(base, one, other):
+  """Two adapters over a base, the second in use."""
+  other = dataclasses.replace(other, base=base)
+  one = dataclasses.replace(one, base=base)
+  return use(together(dict(one={'w': one}, other={'w': other})), 'other')['w']
 
 
 def rising(w):
@@ -115,6 +123,7 @@ KINDS = {
     'qvera': lambda w: moved(vera(rtn(w, 'w4a16-g4'), 2, 24)),
     'ia3-outputs': lambda w: rising(ia3(w, 'outputs')),
     'ia3-inputs': lambda w: rising(ia3(rtn(w, 'w4a16-g4'), 'inputs')),
+    'several': lambda w: switched(w, adapted(w), moved(lora(w, 1, 3., key=jax.random.key(2)))),
     'lora_over_qat': lambda w: adapted(fake_quantize(w, 'w2a16-g4')),
 }
 ROUNDS_ACTIVATIONS = {'w8a8': part(rtn, spec='w8a8'), 'qat8': part(fake_quantize, spec='w8a8'),
