@@ -1,6 +1,6 @@
 """A weighted list of losses from a config, as one loss of a student and its teacher."""
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +61,8 @@ def parsed(student, teachers, losses):
   """
   if not losses:
     raise InputError("no losses; give some, dict(kind='forward_kl') say")
+  if not all(isinstance(given, Mapping) for given in losses):
+    raise InputError(f"losses {losses!r}; expected a list of dicts, [dict(kind='forward_kl')] say")
   teachers = _several(teachers)
   out = [_term(student, teachers, dict(given)) for given in losses]
   names = [t.name for t in out]

@@ -81,12 +81,13 @@ def minilm(student, teacher, *, teacher_layer=-1):
   """
   (s, t), = _attending(student, teacher, [_last(student, teacher, teacher_layer)])
   _same_heads(student.heads, teacher.heads)
-  _same_heads(student.groups, teacher.groups)
 
   def value(x, y, mask, _):
     x, y = x.layers[s], y.layers[t]
+    heads = x['values'].shape[2]
+    _same_heads(heads, y['values'].shape[2])
     return attention.attention_kl(x['scores'], y['scores'], mask) + attention.relation_kl(
-        x['values'], y['values'], mask, student.groups)
+        x['values'], y['values'], mask, heads)
   return Looks((HEADS, SCORES), value)
 
 

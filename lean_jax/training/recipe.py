@@ -49,7 +49,10 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
   if teacher is None:
     loss = _next_token(module)
   else:
-    text = json.dumps(distilled.soft_and_hard() if losses is None else losses, sort_keys=True)
+    try:                                               # a resume compares it
+      text = json.dumps(distilled.soft_and_hard() if losses is None else losses, sort_keys=True)
+    except TypeError as error:
+      raise InputError(f'losses of more than numbers, strings, lists, dicts: {error}') from error
     teachers, known = zip(*(teacher if isinstance(teacher, list) else [teacher]))
     terms, loss = _distillation(module, teachers, text)
     frozen = dict(teacher_params=known)
