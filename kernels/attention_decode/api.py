@@ -206,8 +206,8 @@ def _why_not_hopper(q, k, v, g, n):
   if K not in (128, 256) or not (C == 1 or C in (4, 8) and K // C >= 32):
     return (f'takes 128 or 256 channels, and values with 1, 4 or 8 grids a token, of 32 channels '
             f'at least; these are {K} channels and {C} grids')
-  if n % 128 or g < 16 or (128 % g and g % 128):
-    return (f'takes pages of multiples of 128 tokens, in groups of 16, 32, 64 or multiples of 128; '
+  if n % 128 or g < 32 or (128 % g and g % 128):
+    return (f'takes pages of multiples of 128 tokens, in groups of 32, 64 or multiples of 128; '
             f'these are pages of {n} tokens in groups of {g}')
   return None
 

@@ -194,7 +194,7 @@ def assert_attended(run, q):
 @interpreted
 @pytest.mark.parametrize(('bits', 'R', 'S', 'K', 'C', 'g', 'length'), [
     (8, 4, 384, 128, 4, 32, 288), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (4, 9, 256, 128, 1, 16, 256), (8, 1, 512, 256, 8, 256, 256), (4, 8, 128, 256, 4, 64, 0)))])
+        (4, 9, 256, 128, 1, 64, 256), (8, 1, 512, 256, 8, 256, 256), (4, 8, 128, 256, 4, 64, 0)))])
 def test_a_layers_codes_and_recent_tokens_are_attended_to(hopper_attention, bits, R, S, K, C, g,
                                                           length):
   rng = np.random.default_rng(2)
