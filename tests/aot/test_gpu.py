@@ -53,7 +53,7 @@ def test_codes_are_widened_in_registers_and_no_weight_in_memory(scheme, sizes):
     ('cache', (8, 128, 4, 4096, 128, 4, 32)), *(pytest.param(*case, marks=pytest.mark.slow)
     for case in (
         ('pages', (8, 8, 8, 4096, 128, 4, 32)), ('cache', (4, 8, 16, 4096, 128, 1, 256)),
-        ('pages', (4, 8, 4, 4096, 128, 4, 64)), ('cache', (8, 8, 4, 4096, 256, 8, 32)),
+        ('pages', (4, 8, 4, 4096, 128, 4, 64)), ('cache', (8, 8, 4, 4096, 256, 8, 64)),
         ('cache', (4, 8, 4, 4096, 256, 8, 32)), ('pages', (8, 8, 1, 4096, 256, 1, 64))))])
 def test_cached_codes_are_widened_in_registers_and_none_in_memory(form, sizes):
   found = compiled(form, *sizes)
