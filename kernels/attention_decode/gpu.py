@@ -55,9 +55,9 @@ def part(how, q, k, v, pages, lengths, visible, *, split=None):
   by_token = lambda x: pairs(x.reshape(-1)) if C == 1 else x.reshape(P * n // 2, 2 * C)
   seen = visible.reshape(-1, 2).astype(jnp.int32)
   seen = seen[:, 0] + 2 * seen[:, 1]
-  found = _blocks(how, n // groups, C, len(visible), split, tiles, q, pages, lengths, words(k.values),
-                  words(v.values), by_channel(k.scale), by_channel(k.least), by_token(v.scale),
-                  by_token(v.least), seen)                              # [split N H K+64 heads]
+  found = _blocks(how, n // groups, C, len(visible), split, tiles, q, pages, lengths,
+                  words(k.values), words(v.values), by_channel(k.scale), by_channel(k.least),
+                  by_token(v.scale), by_token(v.least), seen)           # [split N H K+64 heads]
   by_head = lambda x: jnp.moveaxis(x, -1, 3).reshape(split, N, H * HEADS, *x.shape[3:-1])[:, :, :R]
   own = by_head(found[..., K:K + 2 + C, :])
   total, top, least = own[..., :1], own[..., 1:2], own[..., 2:, None]
