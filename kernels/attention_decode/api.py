@@ -97,7 +97,7 @@ def forms(how, q, k, v, g, S):
   """
   bind = lambda f: functools.partial(f, how, g, S)
   return [Form(bind(_pallas), 'pallas', ('tpu',), _why_not(how, _page(S, g)), local=True),
-          Form(bind(_hopper), 'pallas', ('cuda',), _why_not_hopper(q, k, v, g, S), local=True),
+          Form(bind(_hopper), 'pallas', ('cuda',), _why_not_hopper(how, q, v, g, S), local=True),
           Form(bind(_xla), 'xla'), Form(bind(_reference), 'reference')]
 
 
@@ -107,7 +107,7 @@ def paged_forms(how, q, k, v):
   bind = lambda f: functools.partial(f, how)
   return [Form(bind(_paged_pallas), 'pallas', ('tpu',), _why_not(how, n), local=True),
           Form(bind(_paged_hopper), 'pallas', ('cuda',),
-               _why_not_hopper(q, k, v, n // k.scale.shape[1], n), local=True),
+               _why_not_hopper(how, q, v, n // k.scale.shape[1], n), local=True),
           Form(bind(_paged_xla), 'xla'), Form(bind(_paged_reference), 'reference')]
 
 
@@ -195,7 +195,7 @@ def _why_not(how, n):
   return None
 
 
-def _why_not_hopper(q, k, v, g, n):
+def _why_not_hopper(how, q, v, g, n):
   """Why the GPU's kernel does not take pages of n tokens, g of a group, or None."""
   why = device.why_no_hopper()
   if why:
@@ -206,9 +206,11 @@ def _why_not_hopper(q, k, v, g, n):
   if K not in (128, 256) or not (C == 1 or (C in (4, 8) and K // C >= 32)):
     return (f'takes 128 or 256 channels, and values with 1, 4 or 8 grids a token, of 32 channels '
             f'at least; these are {K} channels and {C} grids')
-  if n % 128 or g < 16 or (128 % g and g % 128):
-    return (f'takes pages of multiples of 128 tokens, in groups of 16, 32, 64 or multiples of 128; '
+  if n % 128 or g < 32 or (128 % g and g % 128):
+    return (f'takes pages of multiples of 128 tokens, in groups of 32, 64 or multiples of 128; '
             f'these are pages of {n} tokens in groups of {g}')
+  if K == 256 and how.bits == 8 and g < 64:                # by ptxas, which spills registers
+    return f'takes 256 channels in 8 bits in groups of 64 or more, and these are groups of {g}'
   return None
 
 

@@ -27,7 +27,7 @@ TILE = 128                                 # tokens of a step
 HEADS = 8                                  # of a row, that a block has: registers
 _ROWS = 64                                 # of a tile, of two tokens each; and of wgmma's left side
 _LEAST = float(np.finfo(np.float32).min)
-_WIDE = plgpu.Layout.WGMMA
+_WIDE, _TURNED = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
 
 
 def part(how, q, k, v, pages, lengths, visible, *, split=None):
@@ -35,9 +35,9 @@ def part(how, q, k, v, pages, lengths, visible, *, split=None):
 
   Args:
     how: a Scores.
-    q: [N R K], bfloat16; K a multiple of 128.
+    q: [N R K], bfloat16; K 128 or 256: more channels are more registers than there are.
     k, v: Codes; their values [P n*bits/8 K], pages of n tokens, whole tiles; grids [P n/g K] of
-      keys, g a divisor or multiple of TILE, and [P n C] of values, C 1, or a multiple of 4 that divides K/2.
+      keys, g 32, 64 or a multiple of TILE, and [P n C] of values, C 1, 4 or K/32.
     pages: [N M], int32, where in k and v each page of a row is.
     lengths: [N], int32, how many tokens of a row are read at all.
     visible: [B M*n] bool, N a multiple of B.
@@ -55,9 +55,9 @@ def part(how, q, k, v, pages, lengths, visible, *, split=None):
   by_token = lambda x: pairs(x.reshape(-1)) if C == 1 else x.reshape(P * n // 2, 2 * C)
   seen = visible.reshape(-1, 2).astype(jnp.int32)
   seen = seen[:, 0] + 2 * seen[:, 1]
-  found = _blocks(how, n // groups, C, len(visible), split, tiles, q, pages, lengths, words(k.values),
-                  words(v.values), by_channel(k.scale), by_channel(k.least), by_token(v.scale),
-                  by_token(v.least), seen)                              # [split N H K+64 heads]
+  found = _blocks(how, n // groups, C, len(visible), split, tiles, q, pages, lengths,
+                  words(k.values), words(v.values), by_channel(k.scale), by_channel(k.least),
+                  by_token(v.scale), by_token(v.least), seen)           # [split N H K+64 heads]
   by_head = lambda x: jnp.moveaxis(x, -1, 3).reshape(split, N, H * HEADS, *x.shape[3:-1])[:, :, :R]
   own = by_head(found[..., K:K + 2 + C, :])
   total, top, least = own[..., :1], own[..., 1:2], own[..., 2:, None]
@@ -83,7 +83,7 @@ def _blocks(how, g, C, B, split, tiles, q, pages, lengths, *codes):
     each = (most + split - 1) // split
     first = s * each
     steps = jnp.clip(most - first, 0, each)
-    query = [hopper.loaded(q, (row, h, k), _WIDE) for k in range(2)]
+    query = [hopper.loaded(q, (row, h, half), _WIDE) for half in range(2)]
 
     def at(t):
       t = first + t
@@ -131,7 +131,7 @@ def _step(how, g, C, query, queries, probs, left, at, k, v, k_scale, k_least, v_
           seen, carry):
   """A tile's tokens, of which `left` of its number or more are of the row."""
   top, total, *found = carry
-  (W, heads), size, middle = query[0].shape, g // 2, 2. ** (how.bits - 1)
+  W, heads, size, middle = queries.shape[1] // 2, total.shape[1], g // 2, 2. ** (how.bits - 1)
   mixed, least = found[:-C], found[-C:]
   less = [2. ** (-how.bits * e) if how.bits < 8 else 1. for e in range(2)]
   begins = []
@@ -139,18 +139,17 @@ def _step(how, g, C, query, queries, probs, left, at, k, v, k_scale, k_least, v_
     begin, own = 0, pl.ds(i * heads, heads)
     scales, lows = (_halves(hopper.loaded(x, (i, slice(None)), _WIDE.reduce(1)))
                     for x in (k_scale, k_least))
-    for c, (x, scale, low) in enumerate(zip(query, scales, lows)):
+    for half, (x, scale, low) in enumerate(zip(query, scales, lows)):
       scaled = x * _wide(scale, x.shape, 0)
       begin += x * _wide(low, x.shape, 0) + middle * scaled
-      _put(queries.at[own, pl.ds(c * W, W)], scaled)
+      _put(queries.at[own, pl.ds(half * W, W)], scaled)
     begins.append(_wide(jnp.sum(begin, axis=0), (_ROWS, heads), 1))
   plgpu.commit_smem()
 
   line, scores, visible = _rows(heads), [], []
-  words = hopper.loaded(k, (slice(None), slice(None)), _WIDE)
   bits = hopper.loaded(seen, (slice(None),), _WIDE.reduce(1))
   for e in range(2):
-    products = hopper.multiplied(_apart(words, how.bits, W, e, 1), queries, 0)
+    products = hopper.multiplied(_codes(k, how.bits, e, 0, W), queries, 0)
     score = begins[0] + less[e] * products[:, :heads]
     for i in range(1, len(begins)):
       other = begins[i] + less[e] * products[:, i * heads:(i + 1) * heads]
@@ -173,33 +172,34 @@ def _step(how, g, C, query, queries, probs, left, at, k, v, k_scale, k_least, v_
       _put(probs.at[pl.ds(c * heads, heads), pl.ds(e * _ROWS, _ROWS)], less[e] * scaled)
   plgpu.commit_smem()
 
-  turned = plgpu.Layout.WGMMA_TRANSPOSED
-  words = plgpu.layout_cast(plgpu.load(v.T, layout=turned, optimized=False), _WIDE)
-  tokens = [_apart(words, how.bits, W, e, 0) for e in range(2)]
   few = max(1, C * _ROWS // W)                             # grids that 64 words' channels have
-  for k, x in enumerate(mixed):
-    half, first = divmod(k * _ROWS, W)
-    products = hopper.multiplied(
-        [codes[half][first:first + _ROWS] for codes in tokens],
-        probs.at[pl.ds(first * C // W * heads, few * heads)], 0)
-    own = products[:, :heads]
-    for c in range(1, few):
-      own = jnp.where(line >= c * (W // C), products[:, c * heads:(c + 1) * heads], own)
-    mixed[k] = x * _wide(fade, x.shape, 1) + own
+  for first in range(0, W, _ROWS):
+    tokens = [_codes(v, how.bits, e, first, _ROWS, turned=True) for e in range(2)]
+    for half, codes in enumerate(zip(*tokens)):
+      products = hopper.multiplied(
+          list(codes), probs.at[pl.ds(first * C // W * heads, few * heads)], 0)
+      own = products[:, :heads]
+      for c in range(1, few):
+        own = jnp.where(line >= c * (W // C), products[:, c * heads:(c + 1) * heads], own)
+      at = (half * W + first) // _ROWS
+      mixed[at] = mixed[at] * _wide(fade, own.shape, 1) + own
   return (best, total, *mixed, *least)
 
 
-def _apart(words, bits, W, e, axis):
-  """Codes of the even channels, and of the odd ones, of a tile's even or odd tokens."""
+def _codes(ref, bits, e, first, count, turned=False):
+  """Codes of a tile's even or odd tokens, of the even channels, and of the odd ones: of `count`
+  words of a token from its `first` on; [tokens words], or turned."""
   if bits == 8:
-    words = words[:, e * W:(e + 1) * W] if axis else words[e * W:(e + 1) * W]
-    return hopper.numbers(words, 8, False)
-  return hopper.numbers(words, 4, False)[e::2]
+    first += e * ref.shape[1] // 2
+  ref, every = ref.at[:, pl.ds(first, count)], (slice(None), slice(None))
+  words = plgpu.layout_cast(hopper.loaded(ref.T, every, _TURNED), _WIDE) if turned else (
+      hopper.loaded(ref, every, _WIDE))
+  return hopper.numbers(words, bits, False)[e % (8 // bits)::8 // bits]
 
 
 def _put(ref, x):
   """x [W heads] in bfloat16 to ref [heads W]."""
-  ref.T[...] = plgpu.layout_cast(x.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+  ref.T[...] = plgpu.layout_cast(x.astype(jnp.bfloat16), _TURNED)
 
 
 def _of_token(ref, C, e, c):

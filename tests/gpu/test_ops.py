@@ -145,7 +145,7 @@ def cache(rng, bits, N, S, K, g):
 def test_attention_decode(rng, implementation, dtype, bits, R, S, K, length):
   needs_hopper(implementation)
   q = jnp.asarray(rng.normal(size=(4, R, K)), dtype)
-  k, v = cache(rng, bits, 4, S, K, 32)
+  k, v = cache(rng, bits, 4, S, K, K // 4)
   visible = jnp.asarray(rng.random((2, S)) < .9)
   run = functools.partial(attention_decode, bits=bits, length=length)
   got = jax.jit(functools.partial(run, implementation=implementation))(q, k, v, visible)

@@ -116,7 +116,8 @@ def test_a_hopper_attends_to_codes_with_the_kernel(how):
 @pytest.mark.parametrize(('how', 'why'), [
     (dict(dtype=jnp.float32), 'queries in bfloat16'),
     (dict(K=64, C=2), '128 or 256 channels'), (dict(C=8), '32 channels'),
-    (dict(S=192), 'pages of 192 tokens'), (dict(g=8), 'groups of 8'),
+    (dict(S=192), 'pages of 192 tokens'), (dict(g=16), 'groups of 16'),
+    (dict(K=256, C=8), 'in 8 bits in groups of 64'),
     (dict(S=64, bits=4, paged=True), 'pages of 64 tokens')])
 def test_other_attention_is_xlas(how, why):
   run, shapes = attention_call(**how)
