@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec
 
 from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.quantize_rows import reference as rows
-from lean_jax.quantization.codes import magnitude
 from lean_jax.kernels.weight_only_matmul import api as weight_only
 from lean_jax.quantization import layouts
+from lean_jax.quantization.codes import magnitude
 from lean_jax.quantization.packing import unit
 
 
