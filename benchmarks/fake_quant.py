@@ -5,8 +5,9 @@ python benchmarks/fake_quant.py [--size 4096] [--rounds 7] [--scheme w4a16-g64 .
 The bound is measured here too: reading a float32 weight once (a sum of it), and writing it once (a
 copy less a reading). Forward is two readings, one for the scales, and one writing; of a learned
 step one and one. Backward of it is two readings, of the weight and of the gradient that comes, and
-one writing; that of the straight-through estimator is nothing (here, a copy). Prints milliseconds, the
-least over rounds in which all take turns, their ratio to the bound, and MiB of temporaries.
+one writing; that of the straight-through estimator is nothing (here, a copy). Prints
+milliseconds, the least over rounds in which all take turns, their ratio to the bound, and MiB of
+temporaries.
 """
 import argparse
 import time
