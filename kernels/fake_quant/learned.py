@@ -85,7 +85,9 @@ def sharing(shape, spec):
 
 def per_step(x, spec):
   """Sums of [..., G, g, O] over the weights that share a step."""
-  x = jnp.sum(x, axis=-2)
+  # On CPUs the XLA of JAX 0.10 sums over I of [1 I O] five times slower than over that of [I O].
+  x = (jnp.sum(x, axis=-2) if x.shape[-3] > 1 else
+       jnp.sum(jnp.squeeze(x, -3), axis=-2, keepdims=True))
   return jnp.sum(x, axis=(-2, -1), keepdims=True) if spec.tensor else x
 
 

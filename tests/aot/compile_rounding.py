@@ -5,6 +5,7 @@ python tests/aot/compile_rounding.py TOPOLOGY
 Prints a line of JSON: for each of them the bytes of temporaries, and how many bytes its program
 reads and writes over those of the array.
 """
+import functools
 import json
 import os
 import sys
@@ -44,8 +45,8 @@ def main(topology):
   cases = {f'gradients {name}': (*learned(name), jnp.float32)
            for name in ('w4a16-g64', 'w2a16-g64', 'w4a16')}
   for name in ('w4a16-g64', 'w1.58a16'):
-    cases[f'forward {name}'] = (lambda w, spec=parse_spec(name): fake_quant(w, spec),
-                                [(SIZE, SIZE)], jnp.float32)
+    run = functools.partial(fake_quant, spec=parse_spec(name))
+    cases[f'forward {name}'] = run, [(SIZE, SIZE)], jnp.float32
   for bits in (8, 4):
     for way, how in (('plain', {}), ('norm and block', dict(norm=jnp.ones(SIZE), epsilon=1e-6,
                                                             block=128))):

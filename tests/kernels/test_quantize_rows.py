@@ -127,7 +127,7 @@ def test_the_first_of_a_pair_is_in_the_lower_bits():
 
 
 def test_four_bits_have_no_races_and_take_steps_zeros_and_nans_as_eight_do():
-  x, norm = operands((40, 256))
+  x, _ = operands((40, 256))
   x = x.at[0].set(0).at[1, 3].set(jnp.nan)
   how = dict(bits=4, scale=jnp.float32(.3))
   got = kernel(x, interpret=pltpu.InterpretParams(detect_races=True), **how)
