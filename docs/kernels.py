@@ -128,7 +128,7 @@ CASES = dict(
     int8_matmul={f'{s}, M = {m}': matrix(s, m) for s, m in (
         ('w8a8', 1), ('w8a8', 512), ('w4a8-g128', 1), ('w4a8-g128', 512))},
     weight_only_matmul={f'{s}, M = {m}': matrix(s, m) for s, m in (
-        ('w4a16-g128', 1), ('w4a16-g128', 512), ('w2a16-g64', 1), ('w8a16', 1), ('w8a16-g128', 1),
+        ('w4a16-g128', 1), ('w4a16-g128', 512), ('w2a16-g128', 1), ('w8a16', 1), ('w8a16-g128', 1),
         ('nf4-g64', 1))},
     quantize_rows={'512 rows': rounded},
     grouped_matmul={f'{s or "floats"}, 8 experts, M = {m}': matrix(s, m, 8) for s, m in (

@@ -58,7 +58,7 @@ def test_cached_codes_are_widened_in_registers_and_none_in_memory(form, sizes):
   found = compiled(form, *sizes)
   assert found['wgmma'] and all('f32.bf16.bf16' in name for name in found['wgmma'])
   bits, N, R, S, K, *_ = sizes
-  # What 264 blocks of 8 heads find, float32, as they find it and in order of channels; and more:
+  # What 264 blocks of 8 heads find, float32, as they find it and in order of channels, and a bit:
   # less than the keys, as codes, of the rows that keep so many blocks at work.
   blocks = max(264, N * -(-R // 8))
   assert found['temporaries'] < 2 * blocks * (K + 64) * 8 * 4 + N * S < 264 * S * K * bits // 8
