@@ -203,11 +203,7 @@ def _why_not_hopper(how, q, v, g, n):
   K, C = q.shape[2], v.scale.shape[-1]
   if q.dtype != jnp.bfloat16:
     return f'takes queries in bfloat16, and these are {q.dtype}'
-<<<<<<< HEAD
-  if K not in (128, 256) or not (C == 1 or (C in (4, 8) and K // C >= 32)):
-=======
   if K not in (128, 256) or C not in (1, 4, K // 32):
->>>>>>> ka
     return (f'takes 128 or 256 channels, and values with 1, 4 or 8 grids a token, of 32 channels '
             f'at least; these are {K} channels and {C} grids')
   if n % 128 or g < 32 or (128 % g and g % 128):
