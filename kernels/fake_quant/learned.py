@@ -15,7 +15,7 @@ from lean_jax.quantization import formats
 def rounded(v, step, offset, *, spec):
   """What the codes of `encode` stand for, in v's dtype; a NaN stays one."""
   codes, scale, zero = encode(v, step, offset, spec)
-  return jnp.where(jnp.isnan(v), v, formats.dequantize(codes, scale, zero, spec, v.dtype))
+  return jnp.where(jnp.isnan(v), jnp.nan, formats.dequantize(codes, scale, zero, spec, v.dtype))
 
 
 def gradients(v, step, offset, g, spec):
