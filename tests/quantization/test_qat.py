@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from lean_jax import methods, tree
+from lean_jax.distillation.losses import soft_and_hard
 from lean_jax.errors import InputError
 from lean_jax.kernels.fake_quant.api import learned_step
 from lean_jax.models.decoder import Decoder, DecoderConfig
@@ -266,7 +267,7 @@ def test_training_through_two_bits_with_the_float_teacher_beats_rounding(method,
   """LLM-QAT, arXiv:2305.17888: the float model's distribution is the target."""
   teacher = float_model()
   trained, _ = train(MODULE, lean(teacher, method, spec=text), Same(), steps=20, peak=5e-3,
-                     teacher=(MODULE, teacher), temperature=1., soft_weight=1.)
+                     teacher=(MODULE, teacher), losses=soft_and_hard(1., 1.))
   stored = lean(trained, 'rtn', spec=text)
   np.testing.assert_array_equal(kernel(stored).unbox(), kernel(trained).unbox())
   assert float(loss(stored)) < .5 * float(loss(lean(teacher, 'rtn', spec=text)))
