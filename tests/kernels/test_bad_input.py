@@ -1,4 +1,6 @@
 """What no op takes is refused in words that say what it would take; a NaN reaches its row."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +35,9 @@ def of_grouped():
 def of_attention(paged=False):
   """6 rows of 32 tokens of width 16, in 4 bits, groups of 8; or 6 pages of them."""
   q, codes = jnp.ones((6, 2, 16)), jnp.ones((6, 16, 16), jnp.uint8)
-  k = attention.Codes(codes, jnp.ones((6, 4, 16)), jnp.ones((6, 4, 16)))
-  v = attention.Codes(codes, jnp.ones((6, 32, 1)), jnp.ones((6, 32, 1)))
+  grids = functools.partial(jnp.ones, dtype=jnp.float16)
+  k = attention.Codes(codes, grids((6, 4, 16)), grids((6, 4, 16)))
+  v = attention.Codes(codes, grids((6, 32, 1)), grids((6, 32, 1)))
   more = dict(table=jnp.zeros((6, 1), int), lengths=jnp.ones(6, int)) if paged else dict(
       visible=jnp.ones((6, 32), bool))
   return dict(q=q, k=k, v=v, bits=4) | more
