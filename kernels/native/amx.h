@@ -61,9 +61,9 @@ struct Operand {
 // Adds the products of rows [m, m + 16) with a laid out block of a panel: parts of it `between`
 // bytes apart, of which those products are taken that matter to `most` parts together.
 template <bool FLOATS>
-AVX512 void AmxTile(const Operand& x, int64_t m, const std::vector<Piece>& pieces, const uint8_t* b,
-                 int parts, int64_t between, int most, int rows, const float* scale, int32_t* sums,
-                 float* total) {
+AVX512 void AmxTile(const Operand& x, int64_t m, const std::vector<Piece>& pieces,
+                    const uint8_t* b, int parts, int64_t between, int most, int rows,
+                    const float* scale, int32_t* sums, float* total) {
   constexpr int64_t deep = FLOATS ? 32 : 64, step = 16 * QUAD;
   for (size_t i = 0; i < pieces.size(); ++i) {
     const Piece& p = pieces[i];
@@ -141,12 +141,7 @@ struct IntegerAmx {
 
   const uint8_t* Lay(const uint8_t* tiles, const std::vector<Piece>& pieces, const float*,
                      const float*, uint8_t* b) const {
-    if (direct) return tiles;
-    const int64_t quad = 4 * w.each(), first = pieces.front().first;
-    for (const Piece& p : pieces)
-      Signed(w, tiles + (p.first - first) / quad * QUAD, (p.rows + quad - 1) / quad,
-             b + (p.at - pieces.front().at) * PANEL);
-    return b;
+    return direct ? tiles : Bytes(w, tiles, pieces, Signed, b);
   }
 
   void Sum(int64_t m0, int64_t end, const std::vector<Piece>& pieces, const uint8_t* b,
@@ -174,8 +169,9 @@ AVX512 INLINE Parts3 InParts(__m512 value) {
   return {{h, m, _mm512_castps_si512(l)}};
 }
 
-// Activations in bfloat16, `parts` matrices [rows / 16, stride / 32, 16, 32]. Two rows of a pair of the weight are
-// beside each other, as `Pairs` lays them out: rows t and t + quad / 2 of the `quad` rows of a quad.
+// Activations in bfloat16, `parts` matrices [rows / 16, stride / 32, 16, 32]. Two rows of a pair of
+// the weight are beside each other, as `Pairs` lays them out: rows t and t + quad / 2 of the `quad`
+// rows of a quad.
 struct Split {
   Array<uint16_t> values;
   int64_t pitch, stride, rows;

@@ -364,9 +364,7 @@ void FloatFewPanels(ffi::ThreadPool& pool, const float* x, const Weight& w, int6
   }
   auto lines = M == 1 ? FloatLines<BITS, 1> : M == 2 ? FloatLines<BITS, 2>
                       : M == 3 ? FloatLines<BITS, 3> : FloatLines<BITS, 4>;
-  Parallel(pool, (w.N + PANEL - 1) / PANEL, [&](int64_t p) {
-    lines(filled.data(), stride, sums.data(), w, p * PANEL, y);
-  });
+  EachPanel(pool, w, [&](int64_t n) { lines(filled.data(), stride, sums.data(), w, n, y); });
 }
 
 // `quads` from the first of panels from column n on, of a weight that lies in rows: [panels quads
@@ -508,6 +506,17 @@ AVX512 inline void Unsigned(const Weight& w, const uint8_t* tiles, int64_t quads
     }
 }
 
+// Lays out a block of a panel as bytes, piece by piece, by `lay`: Unsigned, or Signed of amx.h.
+template <class F>
+const uint8_t* Bytes(const Weight& w, const uint8_t* tiles, const std::vector<Piece>& pieces, F lay,
+                     uint8_t* b) {
+  const int64_t quad = 4 * w.each(), first = pieces.front().first;
+  for (const Piece& p : pieces)
+    lay(w, tiles + (p.first - first) / quad * QUAD, (p.rows + quad - 1) / quad,
+        b + (p.at - pieces.front().at) * PANEL);
+  return b;
+}
+
 // Sums of MT rows of activations with a piece of a panel, `quads` of four rows deep.
 template <int MT>
 AVX512 void IntegerTile(const int8_t* a, int64_t stride, const uint8_t* b, int64_t quads,
@@ -543,7 +552,6 @@ AVX512 void IntegerTile(const int8_t* a, int64_t stride, const uint8_t* b, int64
 struct IntegerVnni {
   const Rounded& x;
   const Weight& w;
-  static constexpr int64_t UNIT = 8;                   // positions of a group are a multiple of it
   int64_t size = DEPTH * PANEL;
   std::vector<std::vector<Piece>> blocks = Blocks(w, x.pitch, DEPTH);
 
@@ -553,11 +561,7 @@ struct IntegerVnni {
 
   const uint8_t* Lay(const uint8_t* tiles, const std::vector<Piece>& pieces, const float*,
                      const float*, uint8_t* b) const {
-    const int64_t quad = 4 * w.each(), first = pieces.front().first;
-    for (const Piece& p : pieces)
-      Unsigned(w, tiles + (p.first - first) / quad * QUAD, (p.rows + quad - 1) / quad,
-               b + (p.at - pieces.front().at) * PANEL);
-    return b;
+    return Bytes(w, tiles, pieces, Unsigned, b);
   }
 
   void Sum(int64_t m0, int64_t end, const std::vector<Piece>& pieces, const uint8_t* b,

@@ -6,6 +6,8 @@
 //   amx.h       tiles; many rows of activations at a time
 //   avx512.h    AVX512-VNNI
 //   portable.h  C++ that any CPU runs, and the same compiled for AVX2
+#include <numeric>
+
 #include "amx.h"
 #include "portable.h"
 #include "weights.h"
@@ -56,9 +58,8 @@ void RoundOne(const float* x, const Weight& w, const float* fixed, int level, bo
     const int8_t* from = codes + g * w.group;
     const int64_t rows = std::min(w.group, w.K - g * w.group);
     int8_t* to = row + g * out.pitch;
-    int32_t sum = 0;
-    for (int64_t k = 0; k < rows; ++k) sum += from[k];
-    out.sums[m * out.G + g] = sum;
+    if (!tiles)                                      // whose weights are signed: nothing is taken off
+      out.sums[m * out.G + g] = std::accumulate(from, from + rows, 0);
     if (!ordered) {
       std::memcpy(to, from, rows);
       continue;
@@ -85,8 +86,9 @@ Rounded Round(ffi::ThreadPool& pool, const float* x, const Weight& w, int64_t M,
   r.G = w.groups();
   r.pitch = Up(w.group, tiles ? 64 : 8);
   r.stride = r.G * r.pitch;
-  r.codes.assign(Up(M, 16) * r.stride + 64, 0), r.sums.resize(M * r.G), r.steps.resize(M);
+  r.steps.resize(M);
   if (level < VNNI) r.floats.resize(M * w.K);
+  else r.codes.assign(Up(M, 16) * r.stride + 64, 0), r.sums.resize(M * r.G);
   const int64_t part = 16;                            // rows that a thread rounds at a time
   auto round = [&](int64_t p) {
     std::vector<int8_t> codes(w.K + 8), row(r.stride);
@@ -100,12 +102,11 @@ Rounded Round(ffi::ThreadPool& pool, const float* x, const Weight& w, int64_t M,
 void IntegerProduct(ffi::ThreadPool& pool, const float* x, const Weight& w, int64_t M,
                     const float* fixed, int level, float* y) {
   const Rounded r = Round(pool, x, w, M, fixed, level);
-  const int64_t panels = (w.N + PANEL - 1) / PANEL;
 #if defined(__x86_64__)
   if (level >= VNNI && M == 1) {
     if (!w.panels) return IntegerOne(pool, r, w, y);
     auto line = w.bits == 4 ? IntegerLine<4> : IntegerLine<8>;
-    return Parallel(pool, panels, [&](int64_t p) { line(r, w, p * PANEL, y); });
+    return EachPanel(pool, w, [&](int64_t n) { line(r, w, n, y); });
   }
 #if defined(LEAN_AMX)
   if (level == TILES) {
@@ -122,7 +123,7 @@ void IntegerProduct(ffi::ThreadPool& pool, const float* x, const Weight& w, int6
 #else
   auto panel = IntegerPanel0;
 #endif
-  Parallel(pool, panels, [&](int64_t p) { panel(r, w, M, p * PANEL, y); });
+  EachPanel(pool, w, [&](int64_t n) { panel(r, w, M, n, y); });
 }
 
 // `parts`: of bfloat16 that the activations have.
@@ -156,7 +157,7 @@ void FloatProduct(ffi::ThreadPool& pool, const float* x, const Weight& w, int64_
 #else
   auto panel = FloatPanel0;
 #endif
-  Parallel(pool, (w.N + PANEL - 1) / PANEL, [&](int64_t p) { panel(x, w, M, p * PANEL, y); });
+  EachPanel(pool, w, [&](int64_t n) { panel(x, w, M, n, y); });
 }
 
 // Matrix e of a call's weights; zero and table may be null. Values of four axes are panels.

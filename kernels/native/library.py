@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lean_jax.quantization import layouts
+
 TARGETS = dict(lean_integer='LeanInteger', lean_floating='LeanFloating')
 LEVELS = ('C++', 'AVX2', 'AVX512-VNNI', 'AMX')
 
@@ -57,7 +59,7 @@ def product(target, x, values, scale, sizes, level, *more, **how):
   *batch, M, K = x.shape
   E = len(batch) if sizes is None else 1
   flat = lambda a: a.reshape(-1, *a.shape[E:])
-  N = values.shape[-1] if values.ndim == E + 2 else values.shape[-3] * 64
+  N = values.shape[-1] if values.ndim == E + 2 else values.shape[-3] * layouts.PANEL
   x = x.reshape(-1, M, K).astype(jnp.float32)
   sizes = jnp.zeros(0, jnp.int32) if sizes is None else sizes.astype(jnp.int32)
   y = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((x.shape[0], M, N), jnp.float32),

@@ -138,6 +138,12 @@ struct Rounded {
   int64_t pitch, stride, G;
 };
 
+// Calls f(first column) for each panel, on the threads of XLA's pool.
+template <class F>
+void EachPanel(ffi::ThreadPool& pool, const Weight& w, F f) {
+  Parallel(pool, (w.N + PANEL - 1) / PANEL, [&](int64_t p) { f(p * PANEL); });
+}
+
 inline void Zeros(const Weight& w, int64_t g, int64_t n, int64_t count, float* out) {
   std::fill(out, out + PANEL, 0.f);
   if (!w.zero) return;

@@ -8,7 +8,6 @@ from lean_jax.quantization import codes as grid
 BITS = (2, 4, 8)
 # Of bfloat16, that hold an activation's dtype whole.
 _PARTS = dict(bfloat16=1, float16=2)
-_FLOATS = ('fp8', 'fp8_e5m2', 'mxfp8')
 
 
 def why_not(x, scale, zero, spec, layout):
@@ -16,7 +15,7 @@ def why_not(x, scale, zero, spec, layout):
   why = library.why_not_layout(layout)
   if why is not None:
     return why
-  if spec.bits not in BITS or spec.code in _FLOATS:
+  if spec.bits not in BITS or spec.code in grid.FLOATS:
     return f'{spec} is not of {", ".join(map(str, BITS))} bits and a table'
   whole = (1 if layout == 'packed' else 4) * 8 // spec.bits
   if spec.group and spec.group < x.shape[-1] and spec.group % whole:

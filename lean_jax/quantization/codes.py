@@ -31,7 +31,7 @@ FP4 = np.concatenate([FP4, -FP4])
 E2M1 = np.array([0., .5, 1., 1.5, 2., 3., 4., 6.], np.float32)
 E2M1 = np.concatenate([E2M1, -E2M1])
 _TABLES = dict(nf4=NF4, fp4=FP4, fp4_e2m1=E2M1 / 6)
-_FLOATS = dict(fp8=ml_dtypes.float8_e4m3fn, fp8_e5m2=ml_dtypes.float8_e5m2,
+FLOATS = dict(fp8=ml_dtypes.float8_e4m3fn, fp8_e5m2=ml_dtypes.float8_e5m2,
                mxfp8=ml_dtypes.float8_e4m3fn)
 _TOP = dict(fp8=448., fp8_e5m2=57344., mxfp8=448., mxfp4=6.)     # the greatest value
 _BIAS = 127                   # of a power of two in eight bits
@@ -85,10 +85,10 @@ def encode(x, scale, zero, spec):
     return size + jnp.where(unit < 0, 8, 0).astype(jnp.uint8)
   if spec.code == 'mxfp4':
     return _even(unit)
-  if spec.code in _FLOATS:
+  if spec.code in FLOATS:
     top = _TOP[spec.code]
     return jax.lax.bitcast_convert_type(
-        jnp.clip(unit, -top, top).astype(_FLOATS[spec.code]), jnp.uint8)
+        jnp.clip(unit, -top, top).astype(FLOATS[spec.code]), jnp.uint8)
   if spec.code == 'binary':
     return (x > 0).astype(jnp.uint8)
   if spec.code == 'ternary':
@@ -110,8 +110,8 @@ def number(codes, spec, dtype):
   """What codes are in parts of the scale, the zero point apart."""
   if spec.code in _TABLES or spec.code == 'mxfp4':
     return _looked_up(_TABLES.get(spec.code, E2M1), codes).astype(dtype)
-  if spec.code in _FLOATS:
-    return jax.lax.bitcast_convert_type(codes, _FLOATS[spec.code]).astype(dtype)
+  if spec.code in FLOATS:
+    return jax.lax.bitcast_convert_type(codes, FLOATS[spec.code]).astype(dtype)
   if spec.code in ('binary', 'ternary'):
     return integers(codes, spec).astype(dtype)
   return codes.astype(dtype)

@@ -19,7 +19,6 @@ from lean_jax.quantization.packing import pack, padded, unit, unpack
 LAYOUTS = ('packed', 'int4', 'columns', 'panels')
 PANEL = 64                    # columns
 _INTEGERS = ('int', 'binary', 'ternary')
-_FLOATS = ('fp8', 'fp8_e5m2', 'mxfp8')
 
 
 def element(spec):
@@ -138,7 +137,7 @@ def check(layout, spec):
   """Raises ValueError where there is no such layout, or none such of this scheme."""
   if layout not in LAYOUTS:
     raise ValueError(f'layout {layout!r}; expected one of {", ".join(LAYOUTS)}')
-  if layout == 'panels' and (spec.bits not in (2, 4, 8) or spec.code in _FLOATS):
+  if layout == 'panels' and (spec.bits not in (2, 4, 8) or spec.code in grid.FLOATS):
     raise ValueError(f"layout 'panels' of {spec}; it takes codes of 2, 4 and 8 bits")
   if layout == 'int4' and element(spec) is None:
     raise ValueError(f"layout 'int4' of {spec}, whose codes are no integers; expected 'packed' or "
