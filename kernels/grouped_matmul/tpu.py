@@ -65,8 +65,7 @@ def tile(M, E, K):
 
   Fewer than 32 take the units as long, more than 256 are computed in vain where experts share them.
   Two tiles of x in 16 bits and of the weight in up to 8 are in VMEM, and a wide one of the weight,
-  or two wide ones;
-  a quarter of it is left for the result and for what is spilled.
+  or two wide ones; a quarter of it is left for the result and for what is spilled.
   """
   rows = min(256, max(32, 1 << max(M // E - 1, 0).bit_length()))
   room = tuned.vmem_limit() * 3 // (16 * K) - rows

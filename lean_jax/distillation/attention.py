@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lean_jax.kernels.distill_loss.kinds import forward_kl
 from lean_jax.nn.attention import HIDDEN
+from lean_jax.objectives.forward import masked_mean
 
 
 def attention_mse(student, teacher, mask):
@@ -20,7 +21,7 @@ def attention_mse(student, teacher, mask):
   """
   seen, student, teacher = _seen(student, teacher)
   counts = seen * mask.astype(jnp.float32)[:, None, :, None]
-  return jnp.sum((student - teacher) ** 2 * counts) / jnp.maximum(jnp.sum(counts), 1)
+  return masked_mean((student - teacher) ** 2, counts)
 
 
 def attention_kl(student, teacher, mask):
@@ -70,4 +71,4 @@ def _seen(student, teacher):
 def _mean(kl, mask):
   """Of [B A T], over heads and real tokens."""
   mask = jnp.broadcast_to(mask.astype(jnp.float32)[:, None], kl.shape)
-  return jnp.sum(kl * mask) / jnp.maximum(jnp.sum(mask), 1)
+  return masked_mean(kl, mask)

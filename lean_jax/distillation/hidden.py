@@ -2,6 +2,8 @@
 import jax
 import jax.numpy as jnp
 
+from lean_jax.objectives.forward import masked_mean
+
 
 def hidden_mse(student, teacher, mask, projection=None):
   """MSE(student W, teacher), the mean over real tokens and the teacher's features.
@@ -15,7 +17,7 @@ def hidden_mse(student, teacher, mask, projection=None):
     projection: W [D E]; None where E is D.
   """
   y, target = _pair(student, teacher, projection)
-  return _mean(jnp.mean((y - target) ** 2, axis=-1), mask)
+  return masked_mean(jnp.mean((y - target) ** 2, axis=-1), mask.astype(jnp.float32))
 
 
 def hidden_cosine(student, teacher, mask, projection=None):
@@ -24,7 +26,7 @@ def hidden_cosine(student, teacher, mask, projection=None):
   Sanh et al. 2019 (DistilBERT, arXiv:1910.01108), section 2. Args are as `hidden_mse` has them.
   """
   y, target = _pair(student, teacher, projection)
-  return _mean(1 - jnp.sum(_unit(y) * _unit(target), axis=-1), mask)
+  return masked_mean(1 - jnp.sum(_unit(y) * _unit(target), axis=-1), mask.astype(jnp.float32))
 
 
 def _pair(student, teacher, projection):
@@ -36,9 +38,3 @@ def _pair(student, teacher, projection):
 
 def _unit(x):
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
-
-
-def _mean(values, mask):
-  """Of values [B T] where the mask is 1."""
-  mask = mask.astype(jnp.float32)
-  return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)

@@ -72,6 +72,11 @@ def token_axes():
                and mesh.shape[a] > 1)
 
 
+def masked_mean(values, mask):
+  """The mean of values where the mask, of their shape, is 1; 0 where it is nowhere."""
+  return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
 def targets(batch):
   """Integer targets and their mask: the labels if there are any, else the token after each.
 

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.kernels.distill_loss import api as distill_loss
-from lean_jax.objectives.forward import forward, hidden, targets, token_axes
+from lean_jax.objectives.forward import forward, hidden, masked_mean, targets, token_axes
 
 
 def cross_entropy(logits, wanted, mask):
@@ -14,7 +14,7 @@ def cross_entropy(logits, wanted, mask):
     wanted: [B T] or [B], integer.
     mask: as wanted, 1 where it counts.
   """
-  return jnp.sum(_nll(logits, wanted) * mask) / jnp.maximum(jnp.sum(mask), 1)
+  return masked_mean(_nll(logits, wanted), mask)
 
 
 @jax.custom_vjp

@@ -32,7 +32,7 @@ E2M1 = np.array([0., .5, 1., 1.5, 2., 3., 4., 6.], np.float32)
 E2M1 = np.concatenate([E2M1, -E2M1])
 _TABLES = dict(nf4=NF4, fp4=FP4, fp4_e2m1=E2M1 / 6)
 FLOATS = dict(fp8=ml_dtypes.float8_e4m3fn, fp8_e5m2=ml_dtypes.float8_e5m2,
-               mxfp8=ml_dtypes.float8_e4m3fn)
+              mxfp8=ml_dtypes.float8_e4m3fn)
 _TOP = dict(fp8=448., fp8_e5m2=57344., mxfp8=448., mxfp4=6.)     # the greatest value
 _BIAS = 127                   # of a power of two in eight bits
 _NO_POWER = 255               # is NaN (section 5.4.1)
