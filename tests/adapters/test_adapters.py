@@ -21,6 +21,7 @@ from lean_jax.objectives.language_modeling import next_token
 from lean_jax.quantization.rtn import rtn
 from lean_jax.training.optimizer import adamw
 from lean_jax.weights import Adapter, Dense, LowRank, Magnitude, Quantized, bare
+from tests.adapters.stirring import stirred
 
 METHODS = dict(lora=dict(rank=2, alpha=4.), dora=dict(rank=2, alpha=4.), vera=dict(rank=4), ia3={})
 TOKENS = np.arange(24).reshape(2, 12)
@@ -38,15 +39,6 @@ def dense(*shape, dims='io'):
   return Dense(value, dims, tuple(f'axis{k}' for k in range(len(shape))))
 
 
-def stirred(model):
-  """The model with all that its adapters train moved a little."""
-  train, rest = tree.split(model.params, trained(model.params))
-  leaves, shape = jax.tree.flatten(train)
-  rng = np.random.default_rng(3)
-  leaves = [x + .1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
-  return dataclasses.replace(model, params=tree.merge(shape.unflatten(leaves), rest))
-
-
 def base_of(model):
   return jax.tree.map(bare, model.params, is_leaf=tree.is_weight)
 
@@ -62,7 +54,7 @@ def test_an_adapter_starts_as_nothing_trains_alone_and_merges(tiny_model, method
   # DoRA divides by the norms that it multiplies by
   np.testing.assert_allclose(model.logits(TOKENS), base.logits(TOKENS), atol=1e-5)
   same(base_of(model), base.params)
-  model = stirred(model)
+  model = stirred(model, .1)
   want = model.logits(TOKENS)
   assert float(jnp.abs(want - base.logits(TOKENS)).max()) > .01
   merged = lean.merge(model)
@@ -139,7 +131,7 @@ def test_dropout_zeroes_a_part_of_the_inputs_and_scales_the_rest():
 def dropping_model(tiny_model, remat):
   config = dataclasses.replace(tiny_model.config, remat=remat)
   return stirred(lean.attach(dataclasses.replace(tiny_model, config=config), 'dora', rank=2,
-                             alpha=4., dropout=.5))
+                             alpha=4., dropout=.5), .1)
 
 
 def test_dropout_follows_the_step_s_key(tiny_model):

@@ -9,8 +9,8 @@ import safetensors.numpy
 
 import lean_jax as lean
 from lean_jax import tree
-from lean_jax.adapters.trained import trained
 from lean_jax.weights import Magnitude, Scaled
+from tests.adapters.stirring import stirred
 from tests.interop import rounding
 
 torch = pytest.importorskip('torch')
@@ -69,19 +69,10 @@ def close(one, other):
   np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max())
 
 
-def stirred(model):
-  """The model with all that its adapters train moved."""
-  train, rest = tree.split(model.params, trained(model.params))
-  leaves, shape = jax.tree.flatten(train)
-  rng = np.random.default_rng(3)
-  leaves = [x + .2 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
-  return dataclasses.replace(model, params=tree.merge(shape.unflatten(leaves), rest))
-
-
 def attached(model, name):
   settings = dict(OURS[name])
   where = settings.pop('where', '.*/kernel' if name == 'lora' else None)
-  return stirred(lean.attach(model, settings.pop('method', name), where=where, **settings))
+  return stirred(lean.attach(model, settings.pop('method', name), where=where, **settings), .2)
 
 
 @pytest.mark.parametrize('name', OURS)
