@@ -89,9 +89,12 @@ struct Scale {
         each([p](int64_t i) { return Bits(static_cast<uint32_t>(p[i]) << 16); });
         break;
       }
-      default: {                  // exponents of two
+      default: {                  // exponents of two; 255 is a NaN
         const uint8_t* p = static_cast<const uint8_t*>(data);
-        each([p](int64_t i) { return Bits(p[i] ? static_cast<uint32_t>(p[i]) << 23 : 1u << 22); });
+        each([p](int64_t i) {
+          if (p[i] == 255) return std::numeric_limits<float>::quiet_NaN();
+          return Bits(p[i] ? static_cast<uint32_t>(p[i]) << 23 : 1u << 22);
+        });
       }
     }
     for (int64_t i = count; i < PANEL; ++i) out[i] = 0;

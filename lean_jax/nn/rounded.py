@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lean_jax.kernels.attention_decode import api as attention_decode
 from lean_jax.kernels.attention_decode.codes import apart, joined
+from lean_jax.quantization.codes import with_nan
 from lean_jax.quantization.packing import pack
 
 CHANNELS = 32                 # of a value that share a grid, at most
@@ -210,7 +211,7 @@ def encoded(x, known, rounding, *, per_token):
 
   Returns:
     packed codes [N S*bits/8 K]; scale and least, the float16 numbers of (code * scale + least),
-    [N S K/channels] or [N S/g K].
+    [N S K/channels] or [N S/g K]. A NaN among real tokens makes all that share its grid NaN.
   """
   N, S, K = x.shape
   levels = 2 ** rounding.bits - 1
@@ -221,8 +222,9 @@ def encoded(x, known, rounding, *, per_token):
   else:
     real = known.reshape(N, -1, rounding.group, 1)
   over = lambda f, none: f(jnp.where(real, parts, none), axis=axis)
-  least, most = over(jnp.min, jnp.inf), over(jnp.max, -jnp.inf)
-  least, most = (jnp.clip(jnp.where(least <= most, v, 0), -_TOP, _TOP) for v in (least, most))
+  least = over(jnp.min, jnp.inf)
+  most = with_nan(over(jnp.max, -jnp.inf), jnp.where(real, parts, 0), axis)
+  least, most = (jnp.clip(jnp.where(least > most, 0, v), -_TOP, _TOP) for v in (least, most))
   least = least.astype(jnp.float16)
   low = least.astype(jnp.float32)
   scale = ((most - low) * (1 / levels)).astype(jnp.float16)

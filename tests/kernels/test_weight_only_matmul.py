@@ -62,6 +62,14 @@ def test_every_level_of_the_native_kernel_equals_the_reference(level, scheme):
 
 
 @native
+@pytest.mark.parametrize('level', range(len(library.LEVELS)))
+def test_a_power_of_two_that_is_none_is_a_nan_of_its_group_alone(level):
+  x, values, scale, zero, spec = operands('mxfp4', (2, 48, 70))      # inputs twice: groups of 32
+  got = cpu.weight_only_matmul(x, values, scale.at[1, 3].set(255), zero, spec, level)
+  np.testing.assert_array_equal(np.isnan(got), np.tile(np.arange(70) == 3, (2, 1)))
+
+
+@native
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize('scheme', ['w8a16-g32-asym', 'w4a16-g32', 'nf4-g32'])
 def test_short_activations_are_multiplied_as_they_are(dtype, scheme):

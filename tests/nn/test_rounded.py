@@ -74,5 +74,18 @@ def test_numbers_past_the_greatest_float16_are_cut_to_it():
   np.testing.assert_allclose(found, jnp.clip(x, -65504, 65504), rtol=2e-3)
 
 
+@pytest.mark.parametrize('per_token', [False, True])
+def test_a_nan_stays_one_with_all_that_share_its_grid_and_no_others(per_token):
+  x = jnp.ones((1, 64, 4)).at[0, 40, 2].set(jnp.nan)
+  of = lambda real: np.isnan(decoded(*encoded(x, real, BOTH[1], per_token=per_token), BOTH[1],
+                                     jnp.float32))
+  real = jnp.ones((1, 64, 1), bool)
+  expected = np.zeros(x.shape, bool)
+  expected[(0, 40) if per_token else np.s_[0, 32:, 2]] = True
+  np.testing.assert_array_equal(of(real), expected)
+  if not per_token:
+    assert not of(real.at[0, 40].set(False)).any()           # padding shares no grid
+
+
 def test_channels_that_share_a_grid_divide_a_head():
   assert [shared(n) for n in (8, 32, 64, 80, 96, 128)] == [8, 32, 32, 20, 32, 32]
