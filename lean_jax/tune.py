@@ -9,10 +9,13 @@ import pathlib
 
 from lean_jax.errors import InputError
 
-# (inputs, outputs) of the layers' matrices: Llama 2 7B, Llama 3 8B and 70B.
+# (inputs, outputs) of the layers' matrices: Llama 2 7B, Llama 3 8B and 70B; of the experts of
+# Mixtral 8x7B.
 MODELS = {'7B': ((4096, 4096), (4096, 11008), (11008, 4096)),
           '8B': ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
-          '70B': ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192))}
+          '70B': ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)),
+          '8x7B': ((4096, 14336), (14336, 4096))}
+EXPERTS = {'8x7B': 8}
 _VMEM = 40 * 2 ** 20                  # bytes of a candidate's tiles, of the 64 MiB that it may take
 
 
@@ -27,6 +30,7 @@ def add_arguments(parser):
   flag('--m', type=int, nargs='+', help='rows of activations: tokens (16 512 4096; 1 32 512 here)')
   flag('--k', type=int, help='inputs of the weight, with --n; or --model')
   flag('--n', type=int, help='outputs of the weight')
+  flag('--experts', type=int, help='weights as many, each of its own rows; --model 8x7B has 8')
   flag('--model', choices=MODELS, help="in their place: the shapes of a common model's layers")
   flag('--out', metavar='F', help='JSON that is added to, case by case')
   flag('--json', action='store_true')
@@ -42,9 +46,13 @@ def run(arguments, console):
     from lean_jax import timing
     if arguments.out:
       raise InputError('--out keeps the tiles of a --device; nothing reads times')
-    timing.run(shapes(arguments, [1, 32, 512]), arguments.json, console)
+    requests = shapes(arguments, [1, 32, 512])
+    if requests[0]['experts']:
+      raise InputError('the products of experts are timed by benchmarks/grouped_matmul.py; give '
+                       '--device, or another model')
+    timing.run(requests, arguments.json, console)
     return
-  from lean_jax.kernels.platforms import device, schedule, tuned
+  from lean_jax.kernels.platforms import device, schedule
   requests = cases(arguments)
   rows = []
   for case in requests:
@@ -67,7 +75,7 @@ def run(arguments, console):
   for r in rows:
     out.add_row(r['case'], ' '.join(map(str, r['blocks'])), f'{r["cycles"]:,}',
                 f'{r["memory_cycles"]:,}', f'{r["share"]:.1%}', str(r['tried']),
-                ' '.join(map(str, tuned.by_rule(r['m'], r['k'], r['n']))))
+                ' '.join(map(str, _by_rule(r))))
   console().print(out)
 
 
@@ -97,16 +105,22 @@ def shapes(a, rows):
   if group is not None and group % 32:
     raise InputError(f'--group {group}; the kernels take multiples of 32')
   weights, rows = MODELS[a.model] if a.model else ((a.k, a.n),), a.m or rows
-  small = [n for n in (*rows, *sum(weights, ())) if n < 1]
+  experts = EXPERTS.get(a.model, a.experts)
+  small = [n for n in (*rows, *sum(weights, ()), 1 if experts is None else experts) if n < 1]
   if small:
     raise InputError(f'a shape of {small[0]}; expected 1 or more')
-  return [dict(op=a.op, m=m, k=k, n=n, group=group, bits=bits) for k, n in weights for m in rows]
+  return [dict(op=a.op, m=m, k=k, n=n, group=group, bits=bits, experts=experts)
+          for k, n in weights for m in rows]
 
 
 def candidates(case):
   """Tiles to try: all of K where VMEM has room for it, and parts of it."""
   from lean_jax.kernels.platforms import tuned
   M, K, N, group = (case[x] for x in ('m', 'k', 'n', 'group'))
+  if case['experts']:
+    tiles = [tuned.fitted((bm, bn, K), M, K, N, group)
+             for bm in (32, 64, 128, 256) for bn in (256, 512, 1024)]
+    return [t[:2] for t in dict.fromkeys(tiles) if _bytes(case, t) <= _VMEM]
   depths = dict.fromkeys([K, -(-K // 2), 4096, 2048])
   tiles = [tuned.fitted((bm, bn, bk), M, K, N, group)
            for bk in depths for bm in (256, 512, 1024) for bn in (256, 512, 1024)]
@@ -136,15 +150,24 @@ def best(case, found):
 
   def time(r):
     weights = case['k'] * case['n'] * case['bits'] / 8
-    again = -(-case['m'] // r['blocks'][0]) - 1
+    # Rows of an expert are neighbours: its weight is read once.
+    again = 0 if case['experts'] else -(-case['m'] // r['blocks'][0]) - 1
     of_bytes = r['memory_cycles'] * (1 + again * weights / _moved(case))
     of_units = max(r['cycles'], r['unit_cycles'])
     return (max(of_units, of_bytes) + min(of_units, of_bytes) / r['steps'], r['steps'])
   top = min(worked, key=time)
   name = tuned.case(case['op'], f'int{case["bits"]}', case['m'], case['k'], case['n'],
-                    case['group'])
+                    case['group'], case['experts'])
   keys = ('blocks', 'cycles', 'memory_cycles', 'unit_cycles', 'share', 'spills')
   return case | {k: top[k] for k in keys} | dict(case=name, tried=len(found))
+
+
+def _by_rule(case):
+  if case['experts']:
+    from lean_jax.kernels.grouped_matmul import tpu
+    return tpu.by_rule(case['m'], case['experts'], case['k'])
+  from lean_jax.kernels.platforms import tuned
+  return tuned.by_rule(case['m'], case['k'], case['n'])
 
 
 def _moved(case):

@@ -28,7 +28,8 @@ def grouped_matmul(x, w, sizes, *, blocks=None, interpret=False):
     interpret: as of `pl.pallas_call`.
   """
   (M, K), (E, _, N) = x.shape, w.shape
-  bm, bn, _ = tuned.fitted((*(blocks or tile(M, E, K)), K), M, K, N, None)
+  bm, bn, _ = tuned.fitted(
+      (*(blocks or tile('grouped_matmul', w.dtype, M, K, N, None, E)), K), M, K, N, None)
   part = lambda x, w: lax.dot_general(x[...], w[...], (((1,), (0,)), ((), ())),
                                       preferred_element_type=jnp.float32)
   return product(part, [x], [w], sizes, (bm, bn, K), x.dtype, interpret=interpret)
@@ -44,7 +45,8 @@ def grouped_weight_only(x, values, scale, zero, spec, sizes, *, blocks=None, int
     interpret: as of `pl.pallas_call`.
   """
   (M, K), (E, _, N) = x.shape, values.shape
-  bm, bn, bk = tuned.fitted((*(blocks or tile(M, E, K)), K), M, K, N, spec.group)
+  given = blocks or tile('weight_only_matmul', values.dtype, M, K, N, spec.group, E)
+  bm, bn, bk = tuned.fitted((*given, K), M, K, N, spec.group)
   group = spec.group or bk
   each = bk // group
   x = jnp.pad(x, [(0, 0), (0, bk - K)])
@@ -60,7 +62,12 @@ def grouped_weight_only(x, values, scale, zero, spec, sizes, *, blocks=None, int
   return product(part, rows, experts, sizes, (bm, bn, bk), x.dtype, interpret=interpret)
 
 
-def tile(M, E, K):
+def tile(op, dtype, M, K, N, group, E):
+  """(rows, columns) of a tile, for the device that a program is traced for."""
+  return tuned.found(op, dtype, M, K, N, group, E) or by_rule(M, E, K)
+
+
+def by_rule(M, E, K):
   """(rows, columns) of a tile: as many rows as an expert has where they are spread evenly.
 
   Fewer than 32 take the units as long, more than 256 are computed in vain where experts share them.

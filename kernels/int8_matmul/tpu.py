@@ -77,7 +77,8 @@ def int8_grouped_matmul(codes, row_scale, values, scale, sizes, *, group=None, d
     interpret: as of `pl.pallas_call`.
   """
   (M, K), (E, _, N) = codes.shape, values.shape
-  bm, bn, bk = tuned.fitted((*(blocks or ragged.tile(M, E, K)), K), M, K, N, group)
+  given = blocks or ragged.tile('int8_matmul', values.dtype, M, K, N, group, E)
+  bm, bn, bk = tuned.fitted((*given, K), M, K, N, group)
   codes = jnp.pad(codes, [(0, 0), (0, bk - K)])
   wide = tuned.of_tiles(scale.astype(jnp.float32), E, 1, bk // group if group else 1)[:, 0]
 

@@ -67,6 +67,8 @@ def _grouped(request):
   """The Call of a request with experts."""
   from lean_jax.kernels.grouped_matmul import api, tpu
   from lean_jax.kernels.int8_matmul import api as int8
+  from lean_jax.kernels.int8_matmul import tpu as int8_tpu
+  from lean_jax.kernels.int8_matmul.reference import quantize_rows
   from lean_jax.quantization.spec import QuantSpec
   op, M, K, N, group, E = (request[k] for k in ('op', 'm', 'k', 'n', 'group', 'experts'))
   bits = request['bits']
@@ -75,23 +77,33 @@ def _grouped(request):
   shapes = [of((M, K), jnp.bfloat16), of((E, K, N), stored),
             of((E, -(-K // group) if group else 1, N), jnp.bfloat16), of((E,), jnp.int32)]
 
+  blocks = request.get('blocks')
+
   def weight_only(x, values, scale, sizes):
+    if bits == 16 and blocks:
+      return tpu.grouped_matmul(x, values, sizes, blocks=blocks)
     if bits == 16:
       return api.grouped_matmul(x, values, sizes, implementation=request.get('implementation'))
     spec = QuantSpec(bits, group)
-    if request.get('blocks'):
-      return tpu.grouped_weight_only(x, values, scale, None, spec, sizes,
-                                     blocks=request['blocks'])
+    if blocks:
+      return tpu.grouped_weight_only(x, values, scale, None, spec, sizes, blocks=blocks)
     return api.grouped_weight_only(x, values, scale, None, spec, sizes, layout='int4',
                                    implementation=request.get('implementation'))
 
   def int8_product(x, values, scale, sizes):
-    return int8.int8_grouped_matmul(x, values, scale, sizes, group=group, dtype=jnp.bfloat16,
+    if blocks:
+      return int8_tpu.int8_grouped_matmul(*quantize_rows(x), values, scale, sizes, group=group,
+                                          dtype=jnp.bfloat16, blocks=blocks)
+    layout = 'packed' if values.dtype == jnp.int8 else 'int4'
+    return int8.int8_grouped_matmul(x, values, scale, sizes, group=group, layout=layout,
+                                    dtype=jnp.bfloat16,
                                     implementation=request.get('implementation'))
 
   def grid():
     """Rows of a tile, and how often tiles of rows and of columns are visited."""
-    bm, bn, _ = tuned.fitted((*(request.get('blocks') or tpu.tile(M, E, K)), K), M, K, N, group)
+    kind = 'grouped_matmul' if bits == 16 else op
+    tile = blocks or tpu.tile(kind, stored, M, K, N, group, E)
+    bm, bn, _ = tuned.fitted((*tile, K), M, K, N, group)
     return bm, -(-M // bm) + min(E, M) - 1, -(-N // bn)
 
   def again():

@@ -19,16 +19,25 @@ LANES, ROWS = 128, 32                 # of a register of 8 bits; the other types
 _VMEM = 64 * 2 ** 20                  # bytes, where no device is known (in an interpreter)
 
 
-def case(op, dtype, M, K, N, group):
-  """The name of a case; M counts by its next power of two, from 16 on."""
+def case(op, dtype, M, K, N, group, experts=None):
+  """The name of a case; M counts by its next power of two, from 16 on.
+
+  Tiles of experts are (rows, columns), with all of K.
+  """
   bucket = max(16, 2 ** math.ceil(math.log2(M)))
-  return f'{op} {jnp.dtype(dtype).name} m{bucket} k{K} n{N} g{group or 0}'
+  return (f'{op} {jnp.dtype(dtype).name} m{bucket} k{K} n{N} g{group or 0}'
+          + (f' e{experts}' if experts else ''))
 
 
 def blocks(op, dtype, M, K, N, group):
   """(rows, columns, depth) of a tile, for the device that a program is traced for."""
-  found = entries(device.kind()).get(case(op, dtype, M, K, N, group))
-  return tuple(found['blocks']) if found else by_rule(M, K, N)
+  return found(op, dtype, M, K, N, group) or by_rule(M, K, N)
+
+
+def found(*of):
+  """The tile that was found of a case, as `case` takes it, for that device; None without."""
+  entry = entries(device.kind()).get(case(*of))
+  return entry and tuple(entry['blocks'])
 
 
 def by_rule(M, K, N):

@@ -5,10 +5,12 @@ import pytest
 
 from lean_jax import timing, tune
 from lean_jax.cli import main
+from lean_jax.kernels.grouped_matmul import tpu as ragged
 from lean_jax.kernels.native import library
 from lean_jax.kernels.platforms import device, tuned
 
-CASE = dict(device='v5e', op='weight_only_matmul', m=16, k=4096, n=4096, group=128, bits=4)
+CASE = dict(device='v5e', op='weight_only_matmul', m=16, k=4096, n=4096, group=128, bits=4,
+            experts=None)
 
 
 @pytest.mark.parametrize(('flags', 'says'), [
@@ -18,6 +20,8 @@ CASE = dict(device='v5e', op='weight_only_matmul', m=16, k=4096, n=4096, group=1
     (['--device', 'v5e', '--model', '8B', '--op', 'softmax'], 'no op'),
     (['--device', 'v5e', '--model', '8B', '--bits', '3'], '2, 4 or 8'),
     (['--device', 'v5e', '--model', '8B', '--group', '48'], 'multiples of 32'),
+    (['--model', '8x7B'], 'benchmarks/grouped_matmul.py'),
+    (['--k', '64', '--n', '64', '--experts', '0'], '1 or more'),
     (['--k', '64', '--n', '64', '--out', 'here.json'], 'nothing reads times')])
 def test_what_cannot_be_tuned_is_said_in_one_line(flags, says, capsys):
   assert main(['tune', *flags]) == 2
@@ -61,11 +65,27 @@ def test_what_is_kept_is_what_is_looked_up(tmp_path, monkeypatch):
   tuned.entries.cache_clear()
 
 
+def test_tiles_of_experts_are_looked_up_with_how_many_they_are(tmp_path, monkeypatch):
+  name = tuned.case('weight_only_matmul', 'int4', 16, 4096, 4096, 128, 8)
+  case = CASE | dict(experts=8, case=name,
+                     blocks=[16, 384], cycles=1, memory_cycles=1, unit_cycles=1, share=.5)
+  tune.keep(tmp_path / 'TPU_v5_lite.json', case)
+  monkeypatch.setattr(tuned, 'FOLDER', tmp_path)
+  tuned.entries.cache_clear()
+  look = lambda experts: ragged.tile('weight_only_matmul', 'int4', 16, 4096, 4096, 128, experts)
+  with device.target('v5e'):
+    assert look(8) == (16, 384) and look(4) == ragged.by_rule(16, 4, 4096)
+  tuned.entries.cache_clear()
+
+
 def test_every_tile_in_the_package_is_one_that_is_legal():
   files = list(tuned.FOLDER.glob('*.json'))
   assert files
   for file in files:
     for name, found in json.loads(file.read_text()).items():
-      M, K, N, group = (int(word[1:]) for word in name.split()[2:])
+      M, K, N, group, *experts = (int(word[1:]) for word in name.split()[2:])
       tile = tuple(found['blocks'])
-      assert tile == tuned.fitted(tile, M, K, N, group or None), (file.name, name)
+      assert len(tile) == (2 if experts else 3)
+      whole = tuned.fitted((*tile, K), M, K, N, group or None) if experts else None
+      assert tile == (whole[:2] if experts else tuned.fitted(tile, M, K, N, group or None)), (
+          file.name, name)
