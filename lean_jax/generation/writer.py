@@ -1,5 +1,7 @@
 """Texts that are written some tokens at a time: what the compiled programs need around them."""
 import functools
+import weakref
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +153,8 @@ def written_out(module, params):
   token. Written-out layers are copied once, and need that much memory more; so do weights that
   are laid out anew, see `prepare`. Large models stay as they are, and so do the layers of deep
   ones, whose programs take long to compile.
+
+  What was made of the last two trees is kept as long as their arrays live, for the next text.
   """
   config = module.config
   if tree.nbytes(params) > WRITTEN_OUT:
@@ -160,7 +164,30 @@ def written_out(module, params):
   platform = None if partitioned() else dict(cpu='cpu', tpu='tpu').get(device.platform())
   if apart:
     module = configured(config, scan_layers=False).module
-  return module, _written_out(config, apart, platform, params)
+  arrays, shape = jax.tree.flatten(params)
+  key = config, apart, platform, shape
+  kept = _KEPT.get(key)
+  if kept is not None and all(ref() is x for ref, x in zip(kept.refs, arrays)):
+    return module, kept.params
+  made = _written_out(config, apart, platform, params)
+  new = {id(x) for x in jax.tree.leaves(made)}
+  # What holds all arrays of the tree itself would keep them alive.
+  if all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in arrays) and any(
+      id(x) not in new for x in arrays):
+    _KEPT.pop(key, None)
+    _KEPT[key] = _Kept([weakref.ref(x, lambda _: _KEPT.pop(key, None)) for x in arrays], made)
+    for old in list(_KEPT)[:-2]:
+      del _KEPT[old]
+  return module, made
+
+
+class _Kept(NamedTuple):
+  """Arrays of a tree, weakly, and what was made of it."""
+  refs: list
+  params: Any
+
+
+_KEPT = {}                    # of a model and its draft
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lean_jax.errors import InputError
-from lean_jax.generation import generate
+from lean_jax.generation import generate, writer
 from lean_jax.generation.loop import bucket, decode, prefill
 from lean_jax.generation.sampling import Sampling
 from lean_jax.generation.writer import Writer
@@ -130,6 +130,23 @@ def test_a_repetition_penalty_counts_prompt_and_text_and_no_padding(model):
   np.testing.assert_array_equal(alone, out[1])
 
 
+def test_what_is_laid_out_for_a_text_serves_the_next_as_long_as_the_weights_live():
+  module = Decoder(CONFIG)
+  one, other = (jax.jit(module.init)(jax.random.key(n), jnp.zeros((1, 1), jnp.int32))['params']
+                for n in range(2))
+  made = lambda params: writer.written_out(module, params)[1]
+  first, again, another = made(one), made(one), made(other)
+  assert jax.tree.leaves(first)[0] is jax.tree.leaves(again)[0]
+  for found, params in ((first, one), (another, other)):
+    expected = writer._written_out(module.config, True, 'cpu', params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+  kept = len(writer._KEPT)
+  del one, first, again
+  assert len(writer._KEPT) == kept                           # the other's is of the same key
+  del other, params
+  assert len(writer._KEPT) == kept - 1
+
+
 def test_stacked_layers_and_written_out_ones_write_the_same(model, monkeypatch):
   out = generate(*model, [1, 2, 3], tokens=6)
   monkeypatch.setattr('lean_jax.generation.writer.DEEPEST', 0)
@@ -140,12 +157,12 @@ def test_stacked_layers_and_written_out_ones_write_the_same(model, monkeypatch):
 def test_the_loop_updates_its_cache_in_place_and_reads_it_there(groups, rows):
   module = Decoder(dataclasses.replace(CONFIG, groups=groups))
   params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
-  writer = Writer(module, params, [np.arange(16)] * rows, tokens=40)
-  writer.advance(1)
-  program = decode.lower(writer.module, writer.params, writer.state, 50, Sampling(),
+  text = Writer(module, params, [np.arange(16)] * rows, tokens=40)
+  text.advance(1)
+  program = decode.lower(text.module, text.params, text.state, 50, Sampling(),
                          np.zeros((0,), np.int32)).compile()
   memory = program.memory_analysis()
-  cache = sum(x.nbytes for x in jax.tree.leaves(writer.state.cache))
+  cache = sum(x.nbytes for x in jax.tree.leaves(text.state.cache))
   assert memory.alias_size_in_bytes >= cache
   assert memory.temp_size_in_bytes < cache / 4
 
