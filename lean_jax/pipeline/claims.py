@@ -7,7 +7,7 @@ def check(claims, variants):
 
   Args:
     claims: dicts with `name`, `left` and `right` ('variant.figure'), and `bound` (left < bound *
-      right) or `equal` (left = right).
+      right, 1 without) or `equal` (left = right).
     variants: measured variants, dicts of figures with `name`.
 
   Returns:
@@ -25,10 +25,11 @@ def _one(claim, by_name):
   figures = {claim['left']: left, claim['right']: right}
   if claim.get('equal'):
     return dict(name=claim['name'], figures=figures, passed=left == right)
-  if claim['bound'] != 1:
-    figures['bound'] = claim['bound']
+  bound = claim.get('bound', 1)
+  if bound != 1:
+    figures['bound'] = bound
   # A NaN on either side compares false: the claim fails.
-  return dict(name=claim['name'], figures=figures, passed=bool(left < claim['bound'] * right))
+  return dict(name=claim['name'], figures=figures, passed=bool(left < bound * right))
 
 
 def _figure(text, by_name):

@@ -1,0 +1,127 @@
+r"""What a student learns from its teacher, loss against loss, step for step, over seeds.
+
+python -m lean_jax.experiments.distillation DIR --data stories.jsonl [--steps N] [--seeds N]
+
+A student of half the layers of a decoder trains for as many steps on the same rows by each loss.
+It is measured on held-out text, and by how probable the teacher finds what it writes itself. The
+claims, each checked on the mean over the seeds; a run ends with exit code 1 where one fails:
+
+  DistilBERT (Sanh et al. 2019, arXiv:1910.01108, table 4): soft labels, hard ones and the cosine of
+    states beat hard labels alone; a start from the teacher's layers beats a random one.
+  TinyBERT (Jiao et al. 2020, arXiv:1909.10351, tables 2 and 4): states, embeddings and attention
+    first and soft labels then beat soft labels alone; layers mapped uniformly beat the last ones.
+  MiniLMv2 (Wang et al. 2021, arXiv:2012.15828): a start by relations of queries, keys and values
+    beats none, soft labels after both.
+  MiniLLM (Gu et al. 2023, arXiv:2306.08543): by reverse KL the student writes what the teacher
+    finds more probable than by forward KL.
+  DistiLLM (Ko et al. 2024, arXiv:2402.03898, table 1): skewed KL, either way round, beats KL.
+"""
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lean_jax as lean
+from lean_jax.distillation.start import alternating, take_layers
+from lean_jax.generation import generate
+from lean_jax.pipeline import on_text
+
+SOFT = dict(kind='forward_kl')
+DISTILBERT = [dict(kind='forward_kl', temperature=2., weight=5 / 8),       # weights of its authors
+              dict(kind='cross_entropy', weight=2 / 8),
+              dict(kind='hidden', distance='cosine', weight=1 / 8)]
+LABELS = dict(forward_kl=SOFT, reverse_kl=dict(kind='reverse_kl'),
+              skew_kl=dict(kind='skew_kl'), skew_reverse_kl=dict(kind='skew_reverse_kl'),
+              jsd=dict(kind='jsd'))
+PROMPT, WRITTEN, TEXTS = 16, 48, 64
+
+
+def tinybert(layers):
+  """The losses of its first stage, by a map of layers."""
+  return [dict(kind='embedding'), dict(kind='hidden', layers=layers),
+          dict(kind='attention', layers=layers)]
+
+
+# Losses of the first half of the steps, and of the second; one list is for all.
+VARIANTS = {name: ([loss],) for name, loss in LABELS.items()} | {
+    'distilbert': (DISTILBERT,),
+    'tinybert': (tinybert('uniform'), [SOFT]),
+    'tinybert-last': (tinybert('last'), [SOFT]),
+    'minilmv2': ([dict(kind='minilmv2', relation_heads=8)], [SOFT])}
+
+
+def measured(teacher, train, test, seed, *, steps, batch=16, peak=2e-3):
+  """{variant: its perplexity, and nats a token that the teacher gives to what it writes}."""
+  shared = dict(batch=batch, peak=peak, warmup=steps // 10, seed=seed)
+
+  def trained(stages, student):
+    for losses in stages:
+      student = lean.distill(teacher, train, student=student, losses=losses,
+                             steps=steps // len(stages), **shared)
+    return student
+  start = halved(teacher)
+  students = {name: trained(stages, start) for name, stages in VARIANTS.items()}
+  students['hard'] = lean.train(start, train, steps=steps, **shared)
+  students['random'] = trained((DISTILBERT,), redrawn(start, seed))
+  return {name: dict(perplexity=lean.evaluate(student, test)['perplexity'],
+                     own_text=judged(teacher, student, test, seed))
+          for name, student in students.items()}
+
+
+def halved(model):
+  """Every other layer of a model."""
+  kept = alternating(model.config.layers, model.config.layers // 2)
+  config, params = take_layers(model.config, model.params, kept)
+  return dataclasses.replace(model, config=config, params=params)
+
+
+def redrawn(model, seed):
+  """A model of the same shape whose weights are random."""
+  init = jax.jit(model.module.init)
+  params = init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))['params']
+  return dataclasses.replace(model, params=params)
+
+
+def judged(teacher, student, windows, seed):
+  """Nats a token that the teacher gives to what the student writes after the texts' beginnings."""
+  begun = np.asarray(windows.array[:TEXTS, :PROMPT], np.int32)
+  tokens = generate(student.module, student.params, begun, tokens=WRITTEN, temperature=1.,
+                    key=jax.random.key(seed))
+  both = jnp.concatenate([begun, tokens], axis=1)
+  return float(_nats(teacher.module, teacher.params, both))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nats(module, params, tokens):
+  logits = module.apply({'params': params}, tokens)[0][:, PROMPT - 1:-1]
+  found = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, PROMPT:, None], axis=-1)
+  return -found.mean()
+
+
+def claims():
+  """Each claim: left < right."""
+  less = lambda name, left, right, figure='perplexity': dict(
+      name=name, left=f'{left}.{figure}', right=f'{right}.{figure}')
+  return (
+      less('DistilBERT: its losses beat hard labels', 'distilbert', 'hard'),
+      less("DistilBERT: the teacher's layers beat a random start", 'distilbert', 'random'),
+      less('TinyBERT: layers first beat soft labels alone', 'tinybert', 'forward_kl'),
+      less('TinyBERT: uniform layers beat the last ones', 'tinybert', 'tinybert-last'),
+      less('MiniLMv2: relations first beat soft labels alone', 'minilmv2', 'forward_kl'),
+      less('MiniLLM: reverse KL writes what the teacher finds more probable', 'reverse_kl',
+           'forward_kl', 'own_text'),
+      less('DistiLLM: skewed KL beats KL', 'skew_kl', 'forward_kl'),
+      less('DistiLLM: skewed reverse KL beats reverse KL', 'skew_reverse_kl', 'reverse_kl'))
+
+
+def main(argv=None):
+  """The command line."""
+  return on_text.over_seeds(__doc__, measured, claims(), argv,
+                            steps=dict(type=int, default=200, help='of each student'))
+
+
+if __name__ == '__main__':
+  sys.exit(main())
