@@ -1,4 +1,5 @@
 """Models as people use them: thin calls of the pure functions below."""
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -27,6 +28,8 @@ from lean_jax.distillation.cache import (
   open_cache,
   write_cache,
 )
+from lean_jax.distillation.completions import Completions, completions  # noqa: F401, the latter
+from lean_jax.distillation.generated import write_data  # noqa: F401, of this interface
 from lean_jax.distillation.losses import soft_and_hard
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
@@ -409,7 +412,7 @@ def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3
   """Trains on text: the adapters if the model has any, else all of it.
 
   Args:
-    data: a path (see `data.sources.open_source`), a Source, or Windows.
+    data: a path (see `data.sources.open_source`), a Source, or Windows; or `completions`.
     window: tokens a window; None is the model's context, at most 512.
     workdir: where checkpoints and metrics go; the same call goes on from what is there.
     cache: a folder of `cache_teacher`, or its Cache: the losses then look at the labels in it.
@@ -417,14 +420,9 @@ def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3
   """
   if cache is not None and not isinstance(cache, Cache):
     cache = open_cache(cache)
-  window = window or (min(model.config.context, 512) if cache is None else cache.length)
-  with packed_windows(data, 'train', model, window, field) as windows:
-    batches = Batches(windows, batch, seed)
-    if cache is not None:
-      check_labels(cache, model.config, model.tokenizer, windows)
-      batches, settings = LabelledBatches(batches, cache), dict(settings, cached=True)
+  with _batches(model, data, batch, seed, window, field, cache) as batches:
     params, _ = recipe.train(model.module, model.params, batches, steps=steps, peak=peak, seed=seed,
-                             folder=workdir, **settings)
+                             folder=workdir, cached=cache is not None, **settings)
   return dataclasses.replace(model, params=params)
 
 
@@ -515,6 +513,23 @@ def evaluate(model: Model, data, *, window: int | None = None, field: str = 'tex
   """
   with packed_windows(data, split, model, window or model.config.context, field) as windows:
     return perplexity(with_cache(model.module, cache), model.params, windows, progress=progress)
+
+
+@contextlib.contextmanager
+def _batches(model, data, batch, seed, window, field, cache):
+  """What `train` learns from, for as long as the block lasts."""
+  if isinstance(data, Completions):
+    if window is not None or cache is not None:
+      raise InputError('completions with a window or a cache; they have a length of their own, and '
+                       'caches are of text alone: leave both out')
+    yield data.batches(batch, seed)
+    return
+  window = window or (min(model.config.context, 512) if cache is None else cache.length)
+  with packed_windows(data, 'train', model, window, field) as windows:
+    batches = Batches(windows, batch, seed)
+    if cache is not None:
+      check_labels(cache, model.config, model.tokenizer, windows)
+    yield batches if cache is None else LabelledBatches(batches, cache)
 
 
 def _check_described(folder, config, params):

@@ -91,7 +91,7 @@ class Cache:
     for number, path in enumerate(self.paths):
       try:
         ArrayRecordDataSource([str(path)]).__getitems__(
-            [r - self.rows(number).start for r in rows if r in self.rows(number)])
+            [r - self.rows(number).start for r in rows if r in self.rows(number)] or [0])
       except RuntimeError:
         return path
     return self.folder

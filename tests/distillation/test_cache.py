@@ -1,9 +1,8 @@
 """A teacher's labels on disk: their bytes, their error, who may read them, and runs from them."""
 import dataclasses
 import json
-import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -248,27 +247,35 @@ def test_hosts_write_parts_that_make_up_the_same_files(tiny_model, cache, tmp_pa
     assert mine.read_bytes() == other.read_bytes()
 
 
-def _write_slowly(args, folder, size):
-  real = caches._labels
-
-  def slow(*given):
-    time.sleep(.2)
-    return real(*given)
-  caches._labels = slow
-  write_cache(*args, folder, k=K, batch=2, file_bytes=size)
+CHILD = """
+import sys
+import time
+import numpy as np
+import lean_jax as lean
+from lean_jax.data.windows import Windows
+from lean_jax.distillation import cache as caches
+model, array, real = lean.load(sys.argv[1]), np.load(sys.argv[2]), caches._labels
+def slow(*given):
+  time.sleep(.2)
+  return real(*given)
+caches._labels = slow
+caches.write_cache(model, Windows(array, array.size, array.size, 1, 'text 0'), sys.argv[3],
+                   k=int(sys.argv[4]), batch=2, file_bytes=int(sys.argv[5]))
+"""
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_files_that_are_missing(tiny_model, cache, tmp_path):
   text, size = windows(tiny_model), cache.each * sum(cache.codes.sizes)
-  child = multiprocessing.get_context('fork').Process(
-      target=_write_slowly, args=((tiny_model, text), tmp_path / 'c', size))
-  child.start()
-  while not (tmp_path / 'c' / 'labels-00000.array_record').exists():
+  lean.save(tiny_model, tmp_path / 'model')
+  np.save(tmp_path / 'text.npy', text.array)
+  child = subprocess.Popen([sys.executable, '-c', CHILD, tmp_path / 'model', tmp_path / 'text.npy',
+                            tmp_path / 'c', str(K), str(size)])
+  while not (tmp_path / 'c' / 'labels-00000.array_record').exists() and child.poll() is None:
     time.sleep(.01)
   time.sleep(.1)
-  os.kill(child.pid, signal.SIGKILL)
-  child.join()
+  child.kill()
+  assert child.wait() < 0
   first = (tmp_path / 'c' / 'labels-00000.array_record').stat()
   with pytest.raises(InputError, match=r'no labels-0000\d.*goes on'):
     open_cache(tmp_path / 'c').labels([0])
