@@ -32,7 +32,7 @@ def stub(monkeypatch):
   def write(model, prompts, *, tokens, n, seed, **_):
     draw = np.random.default_rng([seed, len(prompts)])
     counts = draw.integers(1, tokens + 1, (len(prompts), n)).tolist()
-    texts = [[' '.join(draw.choice(WORDS, c)) for c in row] for row in counts]
+    texts = [[' '.join(draw.choice(WORDS[:2], c)) for c in row] for row in counts]
     return types.SimpleNamespace(texts=texts, counts=counts)
   monkeypatch.setattr(generated, 'write', write)
   return write
@@ -119,13 +119,15 @@ def test_sigkill_at_random_moments_changes_nothing(tiny_model, tmp_path):
   prompts = [f'the {word} fox' for word in WORDS]
   run = lambda out: [sys.executable, '-c', CHILD, tmp_path / 'model', tmp_path / out, *prompts]
   subprocess.run(run('whole'), check=True)
+  killed = 0
   for wait in np.random.default_rng(0).uniform(0, .3, 5):
     child = subprocess.Popen(run('a'))
     while not (tmp_path / 'a.progress').exists() and child.poll() is None:
       time.sleep(.01)
     time.sleep(wait + 2.)
     child.kill()
-    child.wait()
+    killed += child.wait() < 0
+  assert killed
   subprocess.run(run('a'), check=True)
   for end in ('', '.progress'):
     assert (tmp_path / f'a{end}').read_bytes() == (tmp_path / f'whole{end}').read_bytes()
@@ -184,7 +186,7 @@ def test_duplicates_are_those_of_their_definition():
     assert (found is None) == (alike < ALIKE), text
     if found is None:
       kept.append((text, shingles(text)))
-  assert counts['same'] >= 5 and min(counts.values()) > 0
+  assert min(counts.values()) > 2
   assert seen.add('another prompt', texts[0]) is None
 
 
