@@ -4,6 +4,7 @@ A folder has `cache.json`, what the labels are of, and `labels-NNNNN.array_recor
 consecutive windows, a record each, as `label_codes` writes them. A file of labels is there whole or
 not at all, so that the call that was killed goes on with the files that are not there yet.
 """
+import contextlib
 import dataclasses
 import functools
 import json
@@ -133,10 +134,11 @@ def write_cache(model, windows, folder, *, k=64, batch=8, file_bytes=FILE, host=
                 say=None, progress=None) -> Cache:
   """Writes what a model says of every window; goes on with what is there of the same labels.
 
-  Each host writes every `hosts`-th file, with a model of its own.
+  Each host writes every `hosts`-th file. With a model of its own it works by itself; of one that is
+  spread over all hosts they all compute the labels of every file together.
 
   Args:
-    model: a `lean_jax.Model`, on devices of this host.
+    model: a `lean_jax.Model`.
     windows: of `data.windows`.
     folder: made where there is none; the same on all hosts.
     k: tokens of a position that are kept, 1 to the vocabulary.
@@ -150,18 +152,14 @@ def write_cache(model, windows, folder, *, k=64, batch=8, file_bytes=FILE, host=
     the Cache; with several hosts it is whole when all are done.
 
   Raises:
-    InputError: the folder has labels of something else, the disk is too small, k is out of range,
-      or the model is spread over hosts.
+    InputError: the folder has labels of something else, the disk is too small, or k is out of
+      range.
   """
   if batch < 1 or file_bytes < 1:
     raise InputError(f'{batch} windows at a time, files of {file_bytes} bytes; give 1 or more')
   if not 2 <= windows.length <= model.config.context:
     raise InputError(f'windows of {windows.length} tokens and a model that reads '
                      f'{model.config.context}; give 2 to as many')
-  if not all(x.is_fully_addressable for x in jax.tree.leaves(model.params)
-             if isinstance(x, jax.Array)):
-    raise InputError('the teacher is spread over several hosts; load it on each host, on a mesh of '
-                     'its own devices')
   host = jax.process_index() if host is None else host
   hosts = jax.process_count() if hosts is None else hosts
   form = label_codes.codes(model.config.vocabulary, k, windows.length - 1)
@@ -185,11 +183,16 @@ def write_cache(model, windows, folder, *, k=64, batch=8, file_bytes=FILE, host=
                      'give a smaller k, less text, or another disk')
   if host == 0:
     files.write_text(cache.folder / HEADER, json.dumps(cache.header, indent=1) + '\n')
-  mine = [n for n in missing if n % hosts == host]
-  done, total = 0, sum(len(cache.rows(n)) for n in mine)
-  for number in mine:
-    with files.replacing_path(cache.paths[number]) as path:
-      for count in _write(path, model, windows, cache.rows(number), form, batch):
+  spread = not all(x.is_fully_addressable for x in jax.tree.leaves(model.params)
+                   if isinstance(x, jax.Array))
+  turns = _agreed(missing, len(cache.paths)) if spread else [
+      n for n in missing if n % hosts == host]
+  done, total = 0, sum(len(cache.rows(n)) for n in turns)
+  for number in turns:
+    place = (files.replacing_path(cache.paths[number]) if number % hosts == host
+             else contextlib.nullcontext())
+    with place as path:
+      for count in _write(path, model, windows, cache.rows(number), form, batch, spread):
         done += count
         if progress:
           progress(done, total)
@@ -271,22 +274,35 @@ class LabelledBatches:
         IDS: np.concatenate([ids, last], 1), LOG_PROBS: np.concatenate([log_probs, even], 1)}
 
 
-def _write(path, model, windows, rows, form, batch):
-  """Writes the file of some windows; yields how many more it has, after each batch."""
+def _agreed(missing, count):
+  """The files that are missing where the first host looks, on all hosts."""
+  from jax.experimental.multihost_utils import broadcast_one_to_all
+  flags = np.isin(np.arange(count), missing)
+  return np.flatnonzero(broadcast_one_to_all(flags)).tolist()
+
+
+def _write(path, model, windows, rows, form, batch, spread):
+  """Writes the file of some windows; yields how many more it has, after each batch.
+
+  Without a path it only takes part in what all hosts compute.
+  """
   from array_record.python.array_record_module import ArrayRecordWriter
-  writer = ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
+  from jax.experimental.multihost_utils import process_allgather
+  writer = None if path is None else ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
   try:
     for start in range(rows.start, rows.stop, batch):
       some = range(start, min(start + batch, rows.stop))
       tokens = np.zeros((batch, windows.length), np.int32)               # one program for all
       tokens[:len(some)] = windows.array[some.start:some.stop]
       with meshes.of(model.params):
-        ids, log_probs = jax.device_get(_labels(model.module, model.params, tokens, form.k))
-      for k in range(len(some)):
+        found = _labels(model.module, model.params, tokens, form.k)
+      ids, log_probs = process_allgather(found, tiled=True) if spread else jax.device_get(found)
+      for k in range(0 if writer is None else len(some)):
         writer.write(label_codes.written(form, ids[k], log_probs[k]))
       yield len(some)
   finally:
-    writer.close()
+    if writer is not None:
+      writer.close()
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'k'))

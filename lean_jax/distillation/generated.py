@@ -18,7 +18,7 @@ from lean_jax.distillation import answers
 from lean_jax.distillation.duplicates import Seen, normalised
 from lean_jax.errors import InputError
 from lean_jax.generation.sampling import checked
-from lean_jax.generation.text import write
+from lean_jax.generation.text import encoded, truncated, write
 from lean_jax.training.digest import fingerprint
 
 GRAM = 4                      # words of a gram whose repetitions count
@@ -84,6 +84,12 @@ def write_data(teacher, prompts, out, *, tokens=256, temperature=1., n=1, batch=
   if most is not None and most < least:
     raise InputError(f'at least {least} tokens and at most {most}; give a most that is no less')
   checked(temperature, **{k: v for k, v in sampling.items() if k != 'stop'})
+  lengths = [encoded(teacher, row['prompt']) for row in rows]
+  long = [k for k, ids in enumerate(lengths) if len(truncated(teacher, ids, tokens)) < len(ids)]
+  if long:
+    raise InputError(f'prompt {long[0]} has {len(lengths[long[0]])} tokens, which leaves no room '
+                     f'for {tokens} in the context, nor do {len(long) - 1} others; leave them out, '
+                     'or give fewer tokens')
   lacking = next((k for k, row in enumerate(rows) if check and reference not in row), None)
   if lacking is not None:
     raise InputError(f'prompt {lacking} has no {reference!r} to check an answer by; give one, or '

@@ -1,6 +1,8 @@
 """A teacher's labels on disk: their bytes, their error, who may read them, and runs from them."""
 import dataclasses
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -288,6 +290,51 @@ def test_a_killed_run_goes_on_with_the_files_that_are_missing(tiny_model, cache,
   assert {p.name for p in (tmp_path / 'c').iterdir()} == names
   for name in names:
     assert (tmp_path / 'c' / name).read_bytes() == (cache.folder / name).read_bytes()
+
+
+HOST = """
+import dataclasses
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+import lean_jax as lean
+from lean_jax.data.windows import Windows
+from lean_jax.distillation import cache as caches
+from lean_jax.training import mesh as meshes
+model, array = lean.load(sys.argv[3]), np.load(sys.argv[4])
+if sys.argv[8] == 'spread':
+  mesh = meshes.make_mesh(1, 2, 2)
+  host = jax.device_get(model.params)
+  put = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda at: x[at])
+  model = dataclasses.replace(model, params=jax.tree.map(put, host, meshes.shardings(host, mesh)))
+caches.write_cache(model, Windows(array, array.size, array.size, 1, 'text 0'), sys.argv[5],
+                   k=int(sys.argv[6]), batch=2, file_bytes=int(sys.argv[7]))
+jax.experimental.multihost_utils.sync_global_devices('done')
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['each', 'spread'])
+def test_two_processes_write_the_labels_of_one(tiny_model, cache, tmp_path, how):
+  text, size = windows(tiny_model), cache.each * sum(cache.codes.sizes)
+  lean.save(tiny_model, tmp_path / 'model')
+  np.save(tmp_path / 'text.npy', text.array)
+  with socket.socket() as found:
+    found.bind(('localhost', 0))
+    port = found.getsockname()[1]
+  flags = dict(os.environ, XLA_FLAGS='--xla_force_host_platform_device_count=2')
+  hosts = [subprocess.Popen([sys.executable, '-c', HOST, f'localhost:{port}', str(host),
+                             tmp_path / 'model', tmp_path / 'text.npy', tmp_path / 'c', str(K),
+                             str(size), how], env=flags) for host in (0, 1)]
+  assert [host.wait(300) for host in hosts] == [0, 0]
+  opened, rows = open_cache(tmp_path / 'c'), range(len(text))
+  assert [p.name for p in opened.paths] == [p.name for p in cache.paths]
+  (ids, mine), (others, theirs) = opened.labels(rows), cache.labels(rows)
+  np.testing.assert_array_equal(ids, others)
+  # Sums over devices in another order may round a probability to the next step.
+  np.testing.assert_allclose(mine, theirs, atol=2 * cache.codes.error)
+  assert {p.name for p in (tmp_path / 'c').iterdir()} == {p.name for p in cache.folder.iterdir()}
 
 
 def test_what_failed_is_written_by_the_same_call(tiny_model, cache, tmp_path, monkeypatch):

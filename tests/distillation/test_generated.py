@@ -161,7 +161,9 @@ def test_files_of_other_calls_and_changed_ones_are_refused(tiny_model, tmp_path,
     (dict(n=0), 'n 0'), (dict(batch=0), 'batch 0'), (dict(most_repetition=2), 'most_repetition 2'),
     (dict(least=5, most=4), 'at least 5'), (dict(answer='x'), "answer 'x'; give gsm8k"),
     (dict(answer='gsm8k'), "prompt 0 has no 'answer'"), (dict(temperature=-1.), 'temperature'),
-    (dict(n=2, temperature=0.), 'n'), (dict(prompts=['x' * 99]), 'context')])
+    (dict(n=2, temperature=0.), 'n'),
+    (dict(prompts=['a', 'x' * 60, 'y' * 99]), 'prompt 1 has 61 tokens.*nor do 1 others'),
+    (dict(prompts=['']), 'empty prompt')])
 def test_what_cannot_be_written_is_refused(tiny_model, tmp_path, how, says):
   with pytest.raises(InputError, match=says):
     write_data(tiny_model, **dict(prompts=PROMPTS, out=tmp_path / 'a', tokens=8) | how)
