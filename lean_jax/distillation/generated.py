@@ -238,7 +238,12 @@ def _group(prompt):
 
 
 def _digest(rows):
-  return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=16).hexdigest()
+  try:
+    text = json.dumps(rows, sort_keys=True)
+  except (TypeError, ValueError) as error:
+    raise InputError(f'prompts of more than texts, numbers, lists and dicts ({error}); give '
+                     'those') from error
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _seed(seed, start):
@@ -253,6 +258,6 @@ def _code(function):
     return None
   try:
     code = inspect.getsource(function)
-  except (OSError, TypeError):                        # one of no file, or made by another
-    code = f'{function.__module__} {getattr(function, "__qualname__", type(function).__name__)}'
+  except (OSError, TypeError):                        # of no file, or no plain function
+    code = getattr(function, '__qualname__', type(function).__qualname__)
   return hashlib.blake2b(code.encode(), digest_size=8).hexdigest()

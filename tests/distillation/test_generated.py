@@ -23,7 +23,7 @@ WORDS = [f'{a}{b}' for a in ('one', 'two', 'ten') for b in ('', 'th', 'fold', 's
 
 
 def lines(path):
-  return [json.loads(x) for x in path.read_text().splitlines()]
+  return [json.loads(x) for x in path.read_bytes().splitlines()]
 
 
 @pytest.fixture
@@ -163,7 +163,9 @@ def test_files_of_other_calls_and_changed_ones_are_refused(tiny_model, tmp_path,
     (dict(answer='gsm8k'), "prompt 0 has no 'answer'"), (dict(temperature=-1.), 'temperature'),
     (dict(n=2, temperature=0.), 'n'),
     (dict(prompts=['a', 'x' * 60, 'y' * 99]), 'prompt 1 has 61 tokens.*nor do 1 others'),
-    (dict(prompts=['']), 'empty prompt')])
+    (dict(prompts=['']), 'empty prompt'),
+    (dict(prompts=[dict(prompt='a', odd={1})]), 'more than texts, numbers'),
+    (dict(prompts=[3]), 'a prompt of int')])
 def test_what_cannot_be_written_is_refused(tiny_model, tmp_path, how, says):
   with pytest.raises(InputError, match=says):
     write_data(tiny_model, **dict(prompts=PROMPTS, out=tmp_path / 'a', tokens=8) | how)
