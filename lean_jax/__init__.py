@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     allocate_bits,
     attach,
     attach_lora,
+    cache_teacher,
+    completions,
     distill,
     evaluate,
     generate,
@@ -35,17 +37,19 @@ if TYPE_CHECKING:
     together,
     train,
     use,
+    write_data,
   )
   from lean_jax.evaluation.audit import audit
 
-_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'generate',
-        'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
-        'save_adapter', 'scan_layers', 'together', 'train', 'use')
+_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'cache_teacher', 'completions',
+        'distill', 'evaluate', 'generate', 'load', 'load_adapter', 'merge', 'quantize',
+        'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers', 'together', 'train', 'use',
+        'write_data')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
-           'attach_lora', 'audit', 'distill', 'evaluate', 'generate', 'load', 'load_adapter',
-           'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers',
-           'together', 'train', 'use']
+           'attach_lora', 'audit', 'cache_teacher', 'completions', 'distill', 'evaluate',
+           'generate', 'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
+           'save_adapter', 'scan_layers', 'together', 'train', 'use', 'write_data']
 
 
 def __getattr__(name):

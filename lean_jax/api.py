@@ -1,4 +1,5 @@
 """Models as people use them: thin calls of the pure functions below."""
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -19,6 +20,16 @@ from lean_jax.calibration.quantize import MATRICES, quantize  # noqa: F401, of t
 from lean_jax.data.batches import Batches
 from lean_jax.data.packed import check_reads_text, packed_windows
 from lean_jax.data.tokenizer import Tokenizer, load_tokenizer
+from lean_jax.distillation.cache import (
+  Cache,
+  LabelledBatches,
+  check_labels,
+  check_teachers,
+  open_cache,
+  write_cache,
+)
+from lean_jax.distillation.completions import Completions, completions  # noqa: F401, the latter
+from lean_jax.distillation.generated import write_data  # noqa: F401, of this interface
 from lean_jax.distillation.losses import soft_and_hard
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
@@ -34,6 +45,7 @@ from lean_jax.models.segments import configured, converted
 from lean_jax.models.stack import StackConfig
 from lean_jax.objectives.forward import forward
 from lean_jax.quantization import mixed, rotation
+from lean_jax.report.progress import Bars
 from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
@@ -396,46 +408,77 @@ def rotate(model: Model, key) -> Model:
 
 def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3,
           window: int | None = None, seed: int = 0, workdir=None, field: str = 'text',
-          **settings) -> Model:
+          cache=None, **settings) -> Model:
   """Trains on text: the adapters if the model has any, else all of it.
 
   Args:
-    data: a path (see `data.sources.open_source`), a Source, or Windows.
+    data: a path (see `data.sources.open_source`), a Source, or Windows; or `completions`.
     window: tokens a window; None is the model's context, at most 512.
     workdir: where checkpoints and metrics go; the same call goes on from what is there.
+    cache: a folder of `cache_teacher`, or its Cache: the losses then look at the labels in it.
     settings: of `training.recipe.train`: warmup, weight_decay, trainable, hooks, mesh, ...
   """
-  window = window or min(model.config.context, 512)
-  with packed_windows(data, 'train', model, window, field) as windows:
-    params, _ = recipe.train(model.module, model.params, Batches(windows, batch, seed), steps=steps,
-                             peak=peak, seed=seed, folder=workdir, **settings)
+  if cache is not None and not isinstance(cache, Cache):
+    cache = open_cache(cache)
+  with _batches(model, data, batch, seed, window, field, cache) as batches:
+    params, _ = recipe.train(model.module, model.params, batches, steps=steps, peak=peak, seed=seed,
+                             folder=workdir, cached=cache is not None, **settings)
   return dataclasses.replace(model, params=params)
 
 
-def distill(teacher: Model | Sequence[Model], data, *, student: Model | None = None,
+def cache_teacher(teacher: Model, data, folder, *, k: int = 64, window: int | None = None,
+                  field: str = 'text', **settings) -> Cache:
+  """Writes a teacher's k most probable tokens after each of a text, for `distill(cache=folder)`.
+
+  Their size is printed first. The same call goes on where it was killed; several hosts that make it
+  at once each write a part.
+
+  Args:
+    data: as `train` takes it; of a source, the split that trains.
+    folder: made where there is none; the same on all hosts.
+    window: tokens a window; None is the teacher's context, at most 512.
+    settings: batch, of `distillation.cache.write_cache`.
+
+  Raises:
+    InputError: as there.
+  """
+  bars, window = Bars(), window or min(teacher.config.context, 512)
+  with (packed_windows(data, 'train', teacher, window, field) as windows,
+        bars.bar('labels') as update):
+    return write_cache(teacher, windows, folder, k=k, progress=update,
+                       say=lambda text: bars.line('labels', text), **settings)
+
+
+def distill(teacher: Model | Sequence[Model] | None, data, *, student: Model | None = None,
             keep: int | None = None, temperature: float | None = None,
             soft_weight: float | None = None, losses: Sequence[Mapping[str, Any]] | None = None,
-            **settings) -> Model:
+            cache=None, **settings) -> Model:
   """A smaller model trained on what the teacher shows, and on the text.
 
   Args:
-    teacher: one, or several, by number in the losses.
+    teacher: one, or several, by number in the losses; None with a cache and a student.
     student: where it starts; None takes evenly spread layers of the (first) teacher.
     keep: how many layers; None is half of them.
     temperature, soft_weight: of soft labels (2 and .7); the text's own have the rest.
     losses: instead of these, a list such as [dict(kind='reverse_kl', temperature=2.),
       dict(kind='hidden', weight=.5)]: see `distillation.losses.parsed`.
+    cache: a folder of `cache_teacher` of the same data: the teacher's labels are read from it.
     settings: of `train`.
 
   Raises:
-    InputError: another tokenizer, a loss that cannot be, or temperature and soft_weight with
-      losses.
+    InputError: another tokenizer, a loss that cannot be, temperature and soft_weight with losses,
+      or a cache of something else.
   """
-  teachers = [teacher] if isinstance(teacher, Model) else list(teacher)
+  if teacher is None and (cache is None or student is None):
+    raise InputError('no teacher; give one, or both a cache of its labels and a student')
+  teachers = [teacher] if isinstance(teacher, Model) else list(teacher or ())
+  if cache is not None:
+    cache = cache if isinstance(cache, Cache) else open_cache(cache)
+    check_teachers(cache, teachers)
   for one in teachers:
     check_reads_text(one)
-  teacher = teachers[0]
   if student is None:
+    teacher = teachers[0]
     indices = alternating(teacher.config.layers, keep or teacher.config.layers // 2)
     config, params = take_layers(teacher.config, teacher.params, indices)
     student = dataclasses.replace(teacher, config=config, params=params)
@@ -449,6 +492,8 @@ def distill(teacher: Model | Sequence[Model], data, *, student: Model | None = N
     losses = soft_and_hard(**dict(soft_weight=.7) | of_labels)
   elif of_labels:
     raise InputError(f'losses and {" and ".join(of_labels)} too; say them in the losses')
+  if cache is not None:
+    return train(student, data, cache=cache, losses=losses, **settings)
   return train(student, data, teacher=[(one.module, one.params) for one in teachers],
                losses=losses, **settings)
 
@@ -468,6 +513,23 @@ def evaluate(model: Model, data, *, window: int | None = None, field: str = 'tex
   """
   with packed_windows(data, split, model, window or model.config.context, field) as windows:
     return perplexity(with_cache(model.module, cache), model.params, windows, progress=progress)
+
+
+@contextlib.contextmanager
+def _batches(model, data, batch, seed, window, field, cache):
+  """What `train` learns from, for as long as the block lasts."""
+  if isinstance(data, Completions):
+    if window is not None or cache is not None:
+      raise InputError('completions with a window or a cache; they have a length of their own, and '
+                       'caches are of text alone: leave both out')
+    yield data.batches(batch, seed)
+    return
+  window = window or (min(model.config.context, 512) if cache is None else cache.length)
+  with packed_windows(data, 'train', model, window, field) as windows:
+    batches = Batches(windows, batch, seed)
+    if cache is not None:
+      check_labels(cache, model.config, model.tokenizer, windows)
+    yield batches if cache is None else LabelledBatches(batches, cache)
 
 
 def _check_described(folder, config, params):

@@ -72,6 +72,15 @@ def _parser():
   p = verb('quantize', _quantize, 'round the matrices of a model to few bits',
            'lean-jax quantize DIR OUT --scheme w4a16-g64 --method gptq --calibration stories.jsonl')
   shrink.add_arguments(p)
+  p = verb('cache-teacher', _cache_teacher, "a teacher's most probable tokens after each of a "
+           'text, on disk, for lean.distill(cache=OUT); after a kill the same command goes on',
+           'lean-jax cache-teacher DIR OUT --data stories.jsonl --k 64')
+  p.add_argument('out', metavar='OUT', help='a folder')
+  p.add_argument('--data', required=True, help='file, folder, .jsonl, stdlib or tfds:NAME')
+  p.add_argument('--field', default='text', help="the text's key in JSON (%(default)s)")
+  p.add_argument('--k', type=int, default=64, help='tokens of a position (%(default)s)')
+  p.add_argument('--window', type=int, help="tokens a window (the model's context, at most 512)")
+  p.add_argument('--batch', type=int, default=8, help='windows at a time (%(default)s)')
   p = verb('tune', _tune, "tiles of a TPU's kernels, with no TPU; or the time of each form here",
            'lean-jax tune --device v5e --op int8_matmul --m 4096 --k 4096 --n 4096 --out v5e.json',
            folder=False)
@@ -173,6 +182,13 @@ def _generate(arguments, _):
 
 def _quantize(arguments, _):
   shrink.run(arguments, _console)
+
+
+def _cache_teacher(arguments, _):
+  from lean_jax import api
+  a = arguments
+  api.cache_teacher(api.load(a.folder), a.data, a.out, k=a.k, window=a.window, field=a.field,
+                    batch=a.batch)
 
 
 def _tune(arguments, _):

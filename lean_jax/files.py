@@ -57,12 +57,21 @@ def replacing(path):
   Raises:
     InputError: it cannot be written, or the disk is full.
   """
-  path = pathlib.Path(path).resolve()
-  with _beside(path) as new, open(new, 'xb') as file, _locked(new):
+  with replacing_path(path) as new, open(new, 'wb') as file:
     yield file
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(new, path)
+
+
+@contextlib.contextmanager
+def replacing_path(path):
+  """As `replacing`, but gives the path of the new file, empty: for what opens files by itself."""
+  path = pathlib.Path(path).resolve()
+  with _beside(path) as new:
+    new.touch(exist_ok=False)
+    with _locked(new):
+      yield new
+      with open(new, 'rb') as file:
+        os.fsync(file.fileno())
+      os.replace(new, path)
 
 
 def write_text(path, text):

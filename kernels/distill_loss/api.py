@@ -7,10 +7,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from lean_jax.kernels.distill_loss import chunked, reference
 from lean_jax.kernels.distill_loss.kinds import divergence
-from lean_jax.kernels.distill_loss.reference import Head, Mix, Plan
+from lean_jax.kernels.distill_loss.reference import Head, Known, Mix, Plan
 from lean_jax.kernels.platforms.choice import Form, chosen
 
-__all__ = ['Head', 'cross_entropy', 'distill_loss']
+__all__ = ['Head', 'cross_entropy', 'distill_loss', 'known_loss']
 
 # Bytes of a chunk's logits. A CPU's stay in its caches; elsewhere a chunk must be some hundreds of
 # tokens, or reading the head and its gradient takes longer than multiplying.
@@ -60,17 +60,45 @@ def distill_loss(hs, ws, ht, wt, *, kind='forward_kl', temperature=1., labels=No
   if ht.shape[0] != hs.shape[0]:
     raise ValueError(f'hidden states of {hs.shape[0]} tokens of the student and {ht.shape[0]} of '
                      'the teacher; expected the same tokens')
-  fixed = lambda x: not isinstance(x, jax.Array)
-  if fixed(temperature) and not temperature > 0:
-    raise ValueError(f'temperature {temperature} is not positive; 1 to 4 are usual')
-  if (fixed(soft_weight) and not 0 <= soft_weight <= 1) or (
-      labels is None and (not fixed(soft_weight) or soft_weight != 1)):
-    raise ValueError(f'soft_weight {soft_weight} {"without" if labels is None else "with"} labels; '
-                     'expected 0 to 1, and 1 where there are none')
+  _check_mix(temperature, soft_weight, labels)
   f, options = divergence(kind, options, V)
   plan = Plan(f, options, student, teacher, chunk, tuple(axes))
   ht, wt = jax.lax.stop_gradient((ht, wt))
   return _of(implementation, plan, Mix(temperature, soft_weight), hs, ws, ht, wt, labels, weights)
+
+
+def known_loss(hs, ws, ids, log_probs, *, kind='forward_kl', temperature=1., labels=None,
+               soft_weight=1., weights=None, student=PLAIN, chunk=None, axes=(),
+               implementation=None, **options):
+  """`distill_loss` of a teacher of whose distributions k tokens are known, all others being one.
+
+  Divergences are between the k + 1 probabilities, which is less than between all of them; with
+  k = V it is the same. The temperature is of the k + 1.
+
+  Args:
+    ids: [T k], integer, 0 to V - 1, no two of a row alike.
+    log_probs: [T k+1], float, the teacher's at temperature 1: of these tokens and of all others
+      together; [T V] where k = V.
+    kind: as there, but 'top_k': that of k tokens is 'forward_kl' here.
+    others: as there; so is what is returned, and raised.
+  """
+  V = _vocabulary('student', hs, ws, student)
+  T, k = ids.shape
+  if hs.shape[0] != T or not 0 < k <= V or log_probs.shape != (T, min(k + 1, V)):
+    raise ValueError(f'ids {ids.shape} and log_probs {log_probs.shape} of {hs.shape[0]} tokens, '
+                     f'vocabulary {V}; expected [T k] and [T k+1], or [T V] of all')
+  if not jnp.issubdtype(ids.dtype, jnp.integer) or not jnp.issubdtype(log_probs.dtype,
+                                                                      jnp.floating):
+    raise ValueError(f'ids are {ids.dtype} and log_probs {log_probs.dtype}; expected integers and '
+                     'floats')
+  if kind == 'top_k':
+    raise ValueError("kind 'top_k' of k tokens that are known; that is 'forward_kl' here")
+  _check_mix(temperature, soft_weight, labels)
+  f, options = divergence(kind, options, V)
+  plan = Plan(f, options, student, PLAIN, chunk, tuple(axes))
+  known = jax.lax.stop_gradient(Known(ids, log_probs))
+  return _of(implementation, plan, Mix(temperature, soft_weight), hs, ws, known, None, labels,
+             weights)
 
 
 def cross_entropy(hs, ws, labels, *, weights=None, head=PLAIN, chunk=None, axes=(),
@@ -112,6 +140,16 @@ def _of(implementation, plan, mix, hs, ws, ht, wt, labels, weights):
   mix = jax.lax.stop_gradient(Mix(*(jnp.asarray(x, weights.dtype) for x in mix)))
   loss, soft, hard = _loss(implementation, plan, mix, hs, ws, ht, wt, labels, weights)
   return loss, jax.lax.stop_gradient(dict(soft=soft, hard=hard))
+
+
+def _check_mix(temperature, soft_weight, labels):
+  fixed = lambda x: not isinstance(x, jax.Array)
+  if fixed(temperature) and not temperature > 0:
+    raise ValueError(f'temperature {temperature} is not positive; 1 to 4 are usual')
+  if (fixed(soft_weight) and not 0 <= soft_weight <= 1) or (
+      labels is None and (not fixed(soft_weight) or soft_weight != 1)):
+    raise ValueError(f'soft_weight {soft_weight} {"without" if labels is None else "with"} labels; '
+                     'expected 0 to 1, and 1 where there are none')
 
 
 def _vocabulary(whose, h, w, head):

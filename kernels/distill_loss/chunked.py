@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lean_jax.kernels.distill_loss.reference import product, sums, wide
+from lean_jax.kernels.distill_loss.reference import product, sums, target, wide
 
 
 def gradients(plan, budget, wanted, mix, hs, ws, ht, wt, labels, weights):
@@ -53,7 +53,8 @@ def _everywhere(plan, budget, wanted, mix, *arrays):
   ways = functools.reduce(lambda n, axis: n * mesh.shape[axis], plan.axes, 1)
   hs, ws, ht, wt, labels, weights = arrays
   T = hs.shape[0]
-  hs, ht, labels, weights = (_padded(x, -T % ways) for x in (hs, ht, labels, weights))
+  hs, ht, labels, weights = jax.tree.map(
+      lambda x: _padded(x, -T % ways), (hs, ht, labels, weights))
 
   def local(mix, *arrays):
     parts, dhs, dws = _scanned(plan, budget, wanted, mix, *arrays)
@@ -71,7 +72,7 @@ def _scanned(plan, budget, wanted, mix, hs, ws, ht, wt, labels, weights):
   T, V = hs.shape[0], ws.shape[0 if plan.student.table else 1]
   C = plan.chunk or chunk(T, V, budget, hs.dtype)
   n = -(-T // C)
-  apart = lambda x: None if x is None else jnp.swapaxes(
+  apart = lambda x: jnp.swapaxes(
       _padded(x, n * C - T).reshape(C, n, *x.shape[1:]), 0, 1)            # [n C ...]
   each = jax.tree.map(apart, (hs, ht, labels, weights))
   zero = jnp.zeros((), wide(hs.dtype))
@@ -89,7 +90,7 @@ def _scanned(plan, budget, wanted, mix, hs, ws, ht, wt, labels, weights):
 
 def _one(plan, wanted, mix, ws, wt, hs, ht, labels, weights):
   """The losses of a chunk, [C D] of hidden states, and its parts of the gradients."""
-  zt = None if ht is None else product(ht, wt, plan.teacher)
+  zt = target(plan, ht, wt)
   of = lambda zs: sums(plan, mix, zs, zt, labels, weights)
   zs = product(hs, ws, plan.student)
   if not any(wanted):
@@ -109,6 +110,6 @@ def _one(plan, wanted, mix, ws, wt, hs, ht, labels, weights):
 
 def _padded(x, rows):
   """x with rows of zeros after its last one."""
-  if x is None or not rows:
+  if not rows:
     return x
   return jnp.pad(x, [(0, rows)] + [(0, 0)] * (x.ndim - 1))

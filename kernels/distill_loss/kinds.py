@@ -44,13 +44,22 @@ def total_variation(log_q, log_p):
 
 def top_k(log_q, log_p, *, k):
   """KL(p || q) of the teacher's k greatest entries, all others being one more."""
-  T, _ = log_p.shape
-  top, at = jax.lax.top_k(log_p, k)                                          # [T k]
-  rows = jnp.arange(T)[:, None]
-  inside = jnp.zeros(log_p.shape, bool).at[rows, at].set(True)
-  tail = lambda x: jax.nn.logsumexp(jnp.where(inside, -jnp.inf, x), axis=-1, keepdims=True)
-  join = lambda chosen, x: jnp.concatenate([chosen, tail(x)], axis=-1)       # [T k+1]
-  return forward_kl(join(log_q[rows, at], log_q), join(top, log_p))
+  _, at = jax.lax.top_k(log_p, k)                                            # [T k]
+  return forward_kl(buckets(log_q, at), buckets(log_p, at))
+
+
+def buckets(log_x, at):
+  """Log-probabilities [T k+1] of the tokens at [T k], no two alike, and of all others together.
+
+  Of all tokens there are no others, and it is [T k].
+  """
+  rows = jnp.arange(at.shape[0])[:, None]
+  chosen = log_x[rows, at]
+  if at.shape[1] == log_x.shape[1]:
+    return chosen
+  inside = jnp.zeros(log_x.shape, bool).at[rows, at].set(True)
+  tail = jax.nn.logsumexp(jnp.where(inside, -jnp.inf, log_x), axis=-1, keepdims=True)
+  return jnp.concatenate([chosen, tail], axis=-1)
 
 
 # {name: (the function, {option: its value where none is given; None where it must be})}

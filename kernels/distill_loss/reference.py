@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lean_jax.kernels.distill_loss.kinds import buckets
+
 
 class Head(NamedTuple):
   """How hidden states become logits: softcap * tanh(scale * (h @ w) / softcap).
@@ -17,6 +19,17 @@ class Head(NamedTuple):
   table: bool = False
   scale: float = 1.
   softcap: float | None = None
+
+
+class Known(NamedTuple):
+  """What is known of a teacher's distributions, in place of its logits.
+
+  Attributes:
+    ids: [T k], integer, tokens of each, no two alike.
+    log_probs: [T k+1] of those and of all others together; [T k] where k is the vocabulary.
+  """
+  ids: Any
+  log_probs: Any
 
 
 class Plan(NamedTuple):
@@ -62,6 +75,8 @@ def logits(y, head):
 def sums(plan, mix, zs, zt, labels, weights):
   """The weighted sums of the loss, and of its (soft, hard) parts, of products [T V] of the heads.
 
+  A teacher that is Known has a temperature too: it is of the k + 1 probabilities, in both.
+
   The soft one is times temperature squared; a part that there is not is 0.
   """
   z = logits(zs, plan.student)
@@ -69,8 +84,12 @@ def sums(plan, mix, zs, zt, labels, weights):
   if zt is not None:
     colder = 1 / mix.temperature                         # a product of each logit, no division
     distribution = lambda x: jax.nn.log_softmax(x * colder)
+    if isinstance(zt, Known):
+      one, other = buckets(jax.nn.log_softmax(z), zt.ids), zt.log_probs.astype(z.dtype)
+    else:
+      one, other = z, logits(zt, plan.teacher)
     soft = mix.temperature ** 2 * plan.divergence(
-        distribution(z), distribution(logits(zt, plan.teacher)), **dict(plan.options))
+        distribution(one), distribution(other), **dict(plan.options))
   if labels is not None:
     hit = labels[:, None] == jnp.arange(z.shape[1])[None]              # no gather: no scatter back
     hard = jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(hit, z, 0), axis=-1)
@@ -80,9 +99,14 @@ def sums(plan, mix, zs, zt, labels, weights):
 
 def distill_loss(plan, mix, hs, ws, ht, wt, labels, weights):
   """As `api.distill_loss`, of weights whose sum is 1."""
-  zt = None if ht is None else product(ht, wt, plan.teacher)
+  zt = target(plan, ht, wt)
   total, parts = sums(plan, mix, product(hs, ws, plan.student), zt, labels, weights)
   return total, *parts
+
+
+def target(plan, ht, wt):
+  """The product of the teacher's head, or what is Known of it; None without a teacher."""
+  return ht if ht is None or isinstance(ht, Known) else product(ht, wt, plan.teacher)
 
 
 def wide(dtype):

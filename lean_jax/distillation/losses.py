@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.distillation import terms
+from lean_jax.distillation.cache import IDS, LOG_PROBS
 from lean_jax.distillation.schedules import schedule
-from lean_jax.distillation.soft_labels import soft_labels
+from lean_jax.distillation.soft_labels import known_labels, soft_labels
 from lean_jax.errors import InputError
 from lean_jax.kernels.distill_loss import api as distill_loss
 from lean_jax.kernels.distill_loss.kinds import KINDS as DIVERGENCES
 from lean_jax.kernels.distill_loss.kinds import divergence
+from lean_jax.kernels.distill_loss.reference import Known
 from lean_jax.models.segments import located
 from lean_jax.nn.taps import STATES
 from lean_jax.objectives.forward import hidden, run, targets, token_axes
@@ -92,16 +94,19 @@ def weighted(student, teachers, losses):
 
   Args:
     student: a module.
-    teachers: a module; or a tuple of several, and teacher_params is then one too.
+    teachers: a module; or a tuple of several, and teacher_params is then one too. With () there
+      are none, and a batch has a teacher's labels: see `cache.LabelledBatches`.
     losses: from `parsed`.
   """
   labels, taps = [t for t in losses if t.looks is None], [t for t in losses if t.looks is not None]
   wanted = tuple(sorted({c for t in taps for c in t.looks.taps}))
   teachers = _several(teachers)
 
-  def loss(params, batch, key, step=0, *, teacher_params):
+  def loss(params, batch, key, step=0, *, teacher_params=()):
     del key
     one, *others = _seen((student, *teachers), (params, *_several(teacher_params)), batch, wanted)
+    others = others or [Known(*(x.reshape(-1, x.shape[-1]) for x in (batch[IDS],
+                                                                     batch[LOG_PROBS])))]
     total, values = _labels(labels, one, others, batch, step) if labels else (0., {})
     if taps:
       mine = tapped(student.config, one.taps)
@@ -179,8 +184,7 @@ def _labels(losses, one, others, batch, step):
   wanted, mask = targets(batch)
   if one.head is None:
     values = {t.name: cross_entropy(one.logits, wanted, mask) if t.kind == HARD else
-              soft_labels(one.logits, others[t.teacher].logits, mask, kind=t.kind,
-                          temperature=t.temperature(step), **t.options) for t in losses}
+              _soft(one.logits, others[t.teacher], mask, t, step) for t in losses}
     return sum(t.weight(step) * values[t.name] for t in losses), values
   x = one.head
   shared = dict(weights=mask.reshape(-1), axes=token_axes())
@@ -192,17 +196,34 @@ def _labels(losses, one, others, batch, step):
   total, values = 0., {}
   for k, t in enumerate(t for t in losses if t.kind != HARD):
     with_it = hard if k == 0 else None                        # the first takes it, in one pass
-    weight, y = t.weight(step), others[t.teacher].head
+    weight = t.weight(step)
     both = weight if with_it is None else weight + with_it.weight(step)
-    value, parts = distill_loss.distill_loss(
-        x.states, x.matrix, y.states, y.matrix, kind=t.kind, temperature=t.temperature(step),
+    value, parts = _fused(
+        x, others[t.teacher], kind=t.kind, temperature=t.temperature(step),
         labels=None if with_it is None else wanted.reshape(-1),
-        soft_weight=1. if with_it is None else _share(weight, both), student=x.head,
-        teacher=y.head, **shared, **t.options)
+        soft_weight=1. if with_it is None else _share(weight, both), student=x.head, **shared,
+        **t.options)
     total, values[t.name] = total + both * value, parts['soft']
     if with_it is not None:
       values[with_it.name] = parts['hard']
   return total, values
+
+
+def _soft(logits, other, mask, term, step):
+  """The value of a loss on soft labels, of the student's logits."""
+  settings = dict(kind=term.kind, temperature=term.temperature(step), **term.options)
+  if isinstance(other, Known):
+    return known_labels(logits, other, mask, **settings)
+  return soft_labels(logits, other.logits, mask, **settings)
+
+
+def _fused(x, other, **settings):
+  """The same and more of the student's hidden states: see `distill_loss`."""
+  if isinstance(other, Known):
+    return distill_loss.known_loss(x.states, x.matrix, *other, **settings)
+  y = other.head
+  return distill_loss.distill_loss(x.states, x.matrix, y.states, y.matrix, teacher=y.head,
+                                   **settings)
 
 
 def _share(part, whole):

@@ -3,7 +3,8 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
-from lean_jax.kernels.distill_loss.kinds import divergence
+from lean_jax.kernels.distill_loss.kinds import buckets, divergence
+from lean_jax.objectives.forward import masked_mean
 
 
 def soft_labels(logits, target, mask, *, temperature, kind='forward_kl', **options):
@@ -32,4 +33,23 @@ def soft_labels(logits, target, mask, *, temperature, kind='forward_kl', **optio
   log_q, log_p = (jax.nn.log_softmax(x.reshape(-1, V).astype(jnp.float32) / temperature)
                   for x in (logits, jax.lax.stop_gradient(target)))
   each = between(log_q, log_p, **dict(options)).reshape(mask.shape)              # [B T]
-  return temperature ** 2 * jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1)
+  return temperature ** 2 * masked_mean(each, mask)
+
+
+def known_labels(logits, known, mask, *, temperature, kind='forward_kl', **options):
+  """`soft_labels` of a teacher of whose distributions k tokens are known, all others being one.
+
+  The temperature is of the k + 1 probabilities, in student and teacher.
+
+  Args:
+    logits: as there.
+    known: a `distill_loss` Known, of the positions of the mask joined.
+    mask, temperature, kind, options: as there.
+  """
+  V = logits.shape[-1]
+  between, options = divergence(kind, options, V)
+  log_q = buckets(jax.nn.log_softmax(logits.reshape(-1, V).astype(jnp.float32)), known.ids)
+  log_q, log_p = (jax.nn.log_softmax(x / temperature)
+                  for x in (log_q, jax.lax.stop_gradient(known.log_probs)))
+  each = between(log_q, log_p, **dict(options)).reshape(mask.shape)              # [B T]
+  return temperature ** 2 * masked_mean(each, mask)

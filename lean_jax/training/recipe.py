@@ -9,6 +9,7 @@ import jax
 from lean_jax.adapters.dropout import dropping, drops_out
 from lean_jax.adapters.trained import trained
 from lean_jax.distillation import losses as distilled
+from lean_jax.distillation.cache import check_losses
 from lean_jax.errors import InputError
 from lean_jax.objectives.language_modeling import next_token
 from lean_jax.quantization.ema import averaged, has_averages
@@ -19,8 +20,9 @@ from lean_jax.training.optimizer import adamw
 
 
 def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', weight_decay=0.,
-          clip=1., b_ratio=1., accumulate=1, teacher=None, losses=None, trainable=None, mesh=None,
-          seed=0, folder=None, save_every=200, log_every=10, hooks=(), stop=lambda: False):
+          clip=1., b_ratio=1., accumulate=1, teacher=None, cached=False, losses=None,
+          trainable=None, mesh=None, seed=0, folder=None, save_every=200, log_every=10, hooks=(),
+          stop=lambda: False):
   """Trains by hard labels, or by what a teacher shows.
 
   Args:
@@ -28,7 +30,9 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
     batches: as `fit` takes them.
     steps, peak, warmup, decay, weight_decay, clip, b_ratio: of `optimizer.adamw`.
     teacher: None, or (module, params); or a list of several.
-    losses: with a teacher, the list of `distillation.losses.parsed`; None is `soft_and_hard()`.
+    cached: whether the batches have a teacher's labels: see `distillation.cache`.
+    losses: with a teacher or its labels, the list of `distillation.losses.parsed`; None is
+      `soft_and_hard()`.
     trainable: a pattern on arrays' names; None is the adapters where there are any, else all. What
       the losses learn themselves trains too.
     folder: where checkpoints and metrics go; None keeps nothing.
@@ -38,7 +42,7 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
   Returns:
     params, seconds: as `fit`.
   """
-  if teacher is None and losses is not None:
+  if teacher is None and not cached and losses is not None:
     raise InputError('losses without a teacher; give one, or leave them out')
   schedule = dict(steps=steps, peak=peak, warmup=warmup, decay=decay, weight_decay=weight_decay,
                   clip=clip, b_ratio=b_ratio)
@@ -46,16 +50,20 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
   settings = dict(schedule, accumulate=accumulate)
   trainable = trainable or trained(params) or '.*'
   frozen = {}
-  if teacher is None:
+  if teacher is None and not cached:
     loss = _next_token(module)
   else:
     try:                                               # a resume compares it
       text = json.dumps(distilled.soft_and_hard() if losses is None else losses, sort_keys=True)
     except TypeError as error:
       raise InputError(f'losses of more than numbers, strings, lists, dicts: {error}') from error
-    teachers, known = zip(*(teacher if isinstance(teacher, list) else [teacher]))
+    if cached:
+      check_losses(json.loads(text))
+      teachers = ()
+    else:
+      teachers, known = zip(*(teacher if isinstance(teacher, list) else [teacher]))
+      frozen = dict(teacher_params=known)
     terms, loss = _distillation(module, teachers, text)
-    frozen = dict(teacher_params=known)
     settings |= dict(losses=json.loads(text))
     if learned := distilled.projections(terms, jax.random.key(seed)):
       params = {**params, distilled.PROJECTIONS: learned}
@@ -84,5 +92,6 @@ _next_token = functools.lru_cache(next_token)
 @functools.lru_cache
 def _distillation(student, teachers, text):
   """The Terms of a list of losses, as JSON, and the loss of them."""
-  terms = distilled.parsed(student.config, tuple(t.config for t in teachers), json.loads(text))
+  known = tuple(t.config for t in teachers) or student.config       # labels are of its vocabulary
+  terms = distilled.parsed(student.config, known, json.loads(text))
   return terms, distilled.weighted(student, teachers, terms)

@@ -318,7 +318,20 @@ def test_a_work_directory_of_another_run(capsys, tmp_path):
   fails(capsys, 'run', f'--config={CONFIG}', f'--workdir={tmp_path}', says=['seed', '--workdir'])
 
 
-@pytest.mark.parametrize('verb', ['demo', 'run', 'info', 'eval', 'generate', 'quantize'])
+def test_cache_teacher_says_its_size_and_goes_on(folder, text, tmp_path, capsys):
+  command = ['cache-teacher', str(folder), str(tmp_path / 'labels'), '--data', str(text), '--k',
+             '12', '--window', '16']
+  assert main(command) == 0
+  said = capsys.readouterr().err
+  assert '12 of 280: ' in said and 'an entry' in said
+  names = sorted(p.name for p in (tmp_path / 'labels').iterdir())
+  assert names == ['cache.json', 'labels-00000.array_record']
+  assert main(command) == 0 and 'to write: 0' in capsys.readouterr().err
+  fails(capsys, *command[:-3], '9', '--window', '16', says=['another k', '12', 'now 9'])
+
+
+@pytest.mark.parametrize('verb', ['demo', 'run', 'info', 'eval', 'generate', 'quantize',
+                                  'cache-teacher'])
 def test_each_verb_has_help_with_an_example(verb, capsys):
   with pytest.raises(SystemExit) as done:
     main([verb, '--help'])

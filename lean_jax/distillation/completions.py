@@ -1,0 +1,122 @@
+"""Prompts and what follows them, as rows of which the completion alone is learned."""
+import dataclasses
+import functools
+import hashlib
+
+import numpy as np
+
+from lean_jax.data import reading
+from lean_jax.data.batches import Batches
+from lean_jax.data.text import parsed
+from lean_jax.errors import InputError
+from lean_jax.generation.text import encoded, is_chat, reads
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Completions:
+  """Rows of one length, filled up after their end; `batches` is what training takes.
+
+  Attributes:
+    array: [n T], ids.
+    begins, ends: [n], the places of a completion's first token, and after its last.
+  """
+  array: np.ndarray
+  begins: np.ndarray
+  ends: np.ndarray
+
+  def __len__(self):
+    return len(self.array)
+
+  @property
+  def length(self) -> int:
+    """Tokens a row."""
+    return self.array.shape[1]
+
+  @property
+  def tokens(self) -> int:
+    """Tokens in all rows, those that fill them up included."""
+    return self.array.size
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Of the ids and of what is learned of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for x in (self.array, self.begins, self.ends):
+      digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
+
+  def batches(self, batch, seed, **settings) -> 'CompletionBatches':
+    """Endless batches: settings are of `Batches`."""
+    return CompletionBatches(self, batch, seed, **settings)
+
+
+class CompletionBatches(Batches):
+  """`Batches` of Completions."""
+
+  def __getitem__(self, step):
+    """tokens, mask and labels, [B T]: see `objectives.forward`. Labels are the token after each
+    where that is of a completion, else -1; what fills a row up is masked.
+    """
+    rows, data = self.rows(step), self.windows
+    tokens, at = data.array[rows].astype(np.int32), np.arange(data.length)[None]
+    begins, ends = data.begins[rows, None], data.ends[rows, None]
+    learned = (begins <= at + 1) & (at + 1 < ends)
+    labels = np.where(learned, np.roll(tokens, -1, axis=1), -1).astype(np.int32)
+    return dict(tokens=tokens, mask=at < ends, labels=labels)
+
+
+def completions(model, data, *, length=None, prompt='prompt', completion='completion'):
+  """The Completions of JSON lines such as `generated.write_data` writes.
+
+  A prompt is read as `generate` reads it, and the completion with it, as one text; what is learned
+  begins with the first token that the prompt alone does not have. The token that ends texts follows
+  it, unless the line says 'finished': false. A row that is too long is left out.
+
+  Args:
+    model: a `lean_jax.Model`, a decoder: of its tokenizer and context.
+    data: a path, or a list of dicts.
+    length: tokens a row; None is the longest row that the context has room for.
+    prompt, completion: the keys.
+
+  Raises:
+    InputError: a line without them, or no row that is short enough.
+  """
+  if reads(model):
+    raise InputError(f'a {model.family.model_type} reads a source and writes a target; completions '
+                     'are for decoders')
+  most = length or model.config.context
+  if not 2 <= most <= model.config.context:
+    raise InputError(f'rows of {length} tokens; give 2 to {model.config.context}, the context')
+  if not isinstance(data, list):
+    data = [parsed(line, f'{data}:{k}') for k, line in enumerate(reading.lines(data), 1)
+            if line.strip()]
+  found = []
+  for k, line in enumerate(data):
+    if (not isinstance(line, dict) or prompt not in line
+        or not isinstance(line.get(completion), str)):
+      raise InputError(f'line {k} has no {prompt!r}, or no text {completion!r}; give dicts with '
+                       'both')
+    ids, begin = _joined(model, line[prompt], line[completion])
+    if line.get('finished', True) and model.tokenizer.ends:
+      ids = np.append(ids, np.int32(model.tokenizer.ends[0]))
+    if begin < len(ids) <= most:
+      found.append((ids, begin))
+  if not found:
+    raise InputError(f'none of {len(data)} lines has a completion within {most} tokens; give a '
+                     'greater length, or shorter prompts')
+  width = length or max(len(ids) for ids, _ in found)
+  array = np.zeros((len(found), width), np.int32)
+  for row, (ids, _) in zip(array, found):
+    row[:len(ids)] = ids
+  return Completions(array, np.array([b for _, b in found]), np.array([len(i) for i, _ in found]))
+
+
+def _joined(model, prompt, completion):
+  """The ids of both, and the place of the first that the prompt alone does not have."""
+  before = encoded(model, prompt)
+  text = model.tokenizer.chat(prompt) if is_chat(prompt) else prompt
+  ids = (model.tokenizer.encode(text + completion) if is_chat(prompt)
+         else encoded(model, text + completion))
+  same = min(len(before), len(ids))
+  differs = np.flatnonzero(before[:same] != ids[:same])
+  return ids, int(differs[0]) if differs.size else same
