@@ -6,6 +6,7 @@ size of activations: Muralidharan et al. 2024 (Minitron, arXiv:2407.14679), sect
 mean over a sequence and the L2 norm over sequences, its best (table 13 there). No gradient, one
 pass.
 """
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -45,15 +46,7 @@ def block_influence(config, params, batches):
     batches: what `objectives.forward` takes.
   """
   _one_stack(config)
-
-  @jax.jit
-  def sums(params, batch):
-    shown = tapped(config, run(config.module, params, batch, (STATES,))[2])
-    states = [shown.embedding, *(layer['hidden'] for layer in shown.layers)]
-    real = batch.get('mask', jnp.ones(batch['tokens'].shape, bool)).astype(jnp.float32)
-    cosines = jnp.stack([_cosine(x, y) for x, y in itertools.pairwise(states)])
-    return jnp.sum(cosines * real[None], axis=(1, 2)), jnp.sum(real)
-  totals, counts = zip(*(sums(params, batch) for batch in batches))
+  totals, counts = zip(*(_cosines(config, params, batch) for batch in batches))
   return np.asarray(1 - sum(totals) / sum(counts))
 
 
@@ -114,13 +107,22 @@ class _Sizes(Notes):
     return jnp.sum(mean * mean, axis=0)
 
 
-def _noted_of(config, kind, params, x, at, frame):
+@functools.partial(jax.jit, static_argnums=0)
+def _cosines(config, params, batch):
+  """[N], summed over the tokens that are real; and how many those are."""
+  shown = tapped(config, run(config.module, params, batch, (STATES,))[2])
+  states = [shown.embedding, *(layer['hidden'] for layer in shown.layers)]
+  real = batch.get('mask', jnp.ones(batch['tokens'].shape, bool)).astype(jnp.float32)
+  cosines = jnp.stack([_cosine(x, y) for x, y in itertools.pairwise(states)])        # [N B T]
+  return jnp.sum(cosines * real[None], axis=(1, 2)), jnp.sum(real)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _noted(config, kind, params, x, at, frame):
+  """{name within the layer: _Squares} for x [B T D]."""
   notes = _Sizes(frame.mask, config.head_width, x.shape[:2])
   Block(config, *kind).apply({'params': observed(params, notes)}, (x, None), at, frame)
   return notes.found
-
-
-_noted = jax.jit(_noted_of, static_argnums=(0, 1))
 
 
 def _cosine(x, y):

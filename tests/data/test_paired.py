@@ -33,7 +33,7 @@ def texts(tokenizer, tokens, spans):
   return joined                                    # both are byte-level: one letter a byte
 
 
-@pytest.mark.parametrize('length', [9, 40])
+@pytest.mark.parametrize('length', [12, 40])
 def test_spans_are_of_the_same_text_and_cover_all_of_it(tokenizers, source, tmp_path, length):
   one, other = tokenizers
   found = pair(source, 'all', one, other, length, tmp_path)

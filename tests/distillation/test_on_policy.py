@@ -27,7 +27,7 @@ CONFIG = DecoderConfig(vocabulary=24, width=16, layers=1, heads=2, groups=1, hea
 MODULE = CONFIG.module
 TOKENS = np.random.default_rng(0).integers(2, 24, (4, 12)).astype(np.int32)
 BATCH = dict(tokens=jnp.asarray(TOKENS))
-NONE = np.zeros((0,), np.int32)
+NONE = np.array([-1], np.int32)      # no token ends a text
 LOSSES = [dict(kind='jsd', beta=.3), dict(kind='cross_entropy')]
 
 
@@ -50,13 +50,14 @@ def run(models, steps=6, **settings):
   """The trained student."""
   return train(MODULE, models[0], Same(), **dict(
       steps=steps, peak=1e-2, decay='constant', losses=LOSSES, teacher=(MODULE, models[1]), seed=2,
-      log_every=1) | settings)[0]
+      log_every=1, accumulate=2) | settings)[0]
 
 
 def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_of_the_most_probable_tokens_it_is_what_generation_gives(models):
   out = completed(MODULE, models[0], BATCH, jax.random.key(0), NONE, tokens=5, temperature=0.)
   want = generate(MODULE, models[0], TOKENS[:, :7], tokens=5)
@@ -85,14 +86,16 @@ def test_a_prompt_is_what_stands_before_the_labels(models):
     labels[row, first:11] = 1
   batch = dict(BATCH, labels=jnp.asarray(labels))
   out = completed(MODULE, models[0], batch, jax.random.key(0), NONE, tokens=6, temperature=0.)
-  for row, (begin, end) in enumerate(((0, 3), (0, 5), (0, 1), (4, 10))):   # the last one's end
-    prompt = TOKENS[row, begin:end]
-    want = generate(MODULE, models[0], prompt, tokens=6)
+  prompts = [row[begin:end] for row, (begin, end) in zip(
+      TOKENS, ((0, 3), (0, 5), (0, 1), (4, 10)))]                  # the last one's end
+  for row, (prompt, want) in enumerate(zip(prompts, generate(MODULE, models[0], prompts,
+                                                             tokens=6))):
     np.testing.assert_array_equal(out['tokens'][row, 6:], want)
     np.testing.assert_array_equal(out['mask'][row], np.arange(12) >= 6 - len(prompt))
     np.testing.assert_array_equal(out['tokens'][row][out['mask'][row]], [*prompt, *want])
 
 
+@pytest.mark.slow
 def test_tokens_are_of_the_students_distribution(models):
   n, temperature = 4096, 1.5
   batch = dict(tokens=jnp.tile(BATCH['tokens'][:1], (n, 1)))
@@ -105,6 +108,7 @@ def test_tokens_are_of_the_students_distribution(models):
   assert (np.abs(seen - p) < 4.5 * np.sqrt(p * (1 - p) / n) + 1e-9).all()   # of 24: 1 in 6000
 
 
+@pytest.mark.slow
 def test_losses_are_of_the_completion_and_no_gradient_goes_through_the_sampling(models):
   loss = weighted(MODULE, MODULE, parsed(CONFIG, CONFIG, LOSSES))
   write = lambda p: completed(MODULE, p, BATCH, jax.random.key(0), np.array([3]), tokens=8,
@@ -114,8 +118,8 @@ def test_losses_are_of_the_completion_and_no_gradient_goes_through_the_sampling(
   (value, values), grads = jax.jit(jax.value_and_grad(of, has_aux=True))(models[0], own)
   through = jax.jit(jax.grad(lambda p: of(p, write(p))[0]))(models[0])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, through)
-  y, target = (jax.jit(lambda p: forward(MODULE, p, {k: own[k] for k in ('tokens', 'mask')})[0])(p)
-               for p in models)
+  seen = {k: own[k] for k in ('tokens', 'mask')}
+  y, target = jax.jit(lambda models: [forward(MODULE, p, seen)[0] for p in models])(models)
   counted = targets(own)[1]
   want = soft_labels(y, target, counted, temperature=1., kind='jsd', beta=.3)
   np.testing.assert_allclose(value, want, rtol=2e-5)
@@ -127,7 +131,7 @@ def test_fraction_0_is_the_run_without(models):
 
 
 def test_a_resumed_run_ends_with_the_same_bits(models, tmp_path):
-  settings = dict(on_policy=dict(tokens=4, fraction=.5, ends=[2]), accumulate=2)
+  settings = dict(on_policy=dict(tokens=8, fraction=.5, ends=[2]))
   whole = run(models, folder=tmp_path / 'whole', **settings)
   rows = [json.loads(r) for r in (tmp_path / 'whole/metrics.jsonl').read_text().splitlines()]
   assert {'cross_entropy' in row for row in rows} == {True, False}       # steps of both kinds
@@ -136,10 +140,6 @@ def test_a_resumed_run_ends_with_the_same_bits(models, tmp_path):
     run(models, folder=tmp_path / 'run', stop=lambda: len(seen) == 2,
         hooks=[lambda step, m: seen.append(step)], **settings)
   same(run(models, folder=tmp_path / 'run', **settings), whole)
-  assert not all(np.array_equal(a, b) for a, b in zip(
-      jax.tree.leaves(whole), jax.tree.leaves(run(models, accumulate=2))))
-  with pytest.raises(InputError, match='another settings'):
-    run(models, folder=tmp_path / 'run', **settings | dict(on_policy=dict(tokens=3)))
 
 
 @pytest.mark.slow
@@ -162,12 +162,13 @@ def test_an_encoder_and_a_decoder_write_targets_anew():
     completed(module, params, batch, jax.random.key(0), NONE, tokens=11, temperature=0.)
 
 
+@pytest.mark.slow
 def test_distill_samples_up_to_the_tokenizers_end(tiny_model, tmp_path):
   (tmp_path / 'text.txt').write_text('the old fox sees the lazy dog\n' * 60)
   say = lambda **own: lean.distill(
       tiny_model, tmp_path / 'text.txt', steps=2, batch=4, window=16, peak=1e-2,
       losses=[dict(kind='reverse_kl')], workdir=tmp_path / 'run', log_every=1, **own)
-  learned = say(on_policy=dict(fraction=1, tokens=8))
+  learned = say(on_policy=dict(fraction=1, tokens=8, temperature=.7))
   rows = [json.loads(r) for r in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
   assert all(np.isfinite(row['reverse_kl']) for row in rows)
   assert learned.config.layers == 1

@@ -74,24 +74,30 @@ def ours(y, z, align, temperature):
   return uld(read(y, TOKENS, SPANS), read(z, OTHERS, OTHER), temperature)
 
 
+@pytest.fixture(scope='module')
+def found():
+  """(value, gradients) by spans at a temperature."""
+  y, z = jnp.asarray(Y, jnp.float32), jnp.asarray(Z, jnp.float32)
+  run = jax.jit(jax.value_and_grad(lambda y, z, t: ours(y, z, 'spans', t), (0, 1)))
+  return {t: run(y, z, t) for t in (1., 2.)}
+
+
+@pytest.mark.parametrize('temperature', [2.])
+def test_by_positions_it_is_the_papers_formula(temperature):
+  y, z = jnp.asarray(Y, jnp.float32), jnp.asarray(Z, jnp.float32)
+  got = jax.jit(lambda y, z: ours(y, z, 'positions', temperature))(y, z)
+  np.testing.assert_allclose(got, positions64(temperature), rtol=1e-5)
+
+
 @pytest.mark.parametrize('temperature', [1., 2.])
-@pytest.mark.parametrize(('align', 'want'), [('positions', positions64), ('spans', spans64)])
-def test_it_is_the_formula_of_its_source(align, want, temperature, monkeypatch):
-  y, z = jnp.asarray(Y, jnp.float32), jnp.asarray(Z, jnp.float32)
-  run = jax.jit(jax.value_and_grad(lambda y, z: ours(y, z, align, temperature), (0, 1)))
-  value, (dy, dz) = run(y, z)
-  np.testing.assert_allclose(value, want(temperature), rtol=1e-5)
+def test_by_spans_it_is_that_of_merged_probabilities(found, temperature):
+  value, (dy, dz) = found[temperature]
+  np.testing.assert_allclose(value, spans64(temperature), rtol=1e-5)
   assert np.abs(dy).sum() > 0 and not np.any(dz)
-  monkeypatch.setattr(module, 'ENTRIES', 3 * 2 * V)          # three places at a time
-  blocks, (again, _) = jax.jit(jax.value_and_grad(
-      lambda y, z: ours(y, z, align, temperature), (0, 1)))(y, z)
-  np.testing.assert_allclose(blocks, value, rtol=1e-6)
-  np.testing.assert_allclose(again, dy, atol=1e-7)
 
 
-def test_the_gradient_is_that_of_float64():
-  y, z = jnp.asarray(Y, jnp.float32), jnp.asarray(Z, jnp.float32)
-  grad = jax.jit(jax.grad(lambda y: ours(y, z, 'spans', 1.)))(y)
+def test_the_gradient_is_that_of_float64(found):
+  _, (grad, _) = found[1.]
   for at in ((0, 0, 3), (0, 3, 5), (0, 6, int(TOKENS[0, 7])), (1, 2, 1), (1, 3, 0), (1, 6, 2)):
     each = []
     for step in (1e-5, -1e-5):
@@ -99,6 +105,14 @@ def test_the_gradient_is_that_of_float64():
       each.append(spans64(1.))
       Y[at] -= step
     np.testing.assert_allclose(grad[at], (each[0] - each[1]) / 2e-5, atol=1e-6)
+
+
+def test_some_places_at_a_time_are_the_same(found, monkeypatch):
+  monkeypatch.setattr(module, 'ENTRIES', 3 * 2 * V)          # three
+  y, z = jnp.asarray(Y, jnp.float32), jnp.asarray(Z, jnp.float32)
+  value, grad = jax.jit(jax.value_and_grad(lambda y: ours(y, z, 'spans', 1.)))(y)
+  np.testing.assert_allclose(value, found[1.][0], rtol=1e-6)
+  np.testing.assert_allclose(grad, found[1.][1][0], atol=1e-7)
 
 
 STUDENT = DecoderConfig(vocabulary=V, width=16, layers=1, heads=2, groups=1, head_width=8,
@@ -120,16 +134,22 @@ def test_in_a_list_of_losses_each_model_reads_its_own_tokens(head_bias):
   losses = [dict(kind='uld', align='spans', temperature=2., weight=.5), dict(kind='cross_entropy')]
   loss = weighted(student.module, TEACHER.module, parsed(student, TEACHER, losses))
   params, known = fresh(student, 0), fresh(TEACHER, 1)
-  total, values = jax.jit(lambda p, t: loss(p, batch, None, teacher_params=t))(params, known)
-  y = jax.jit(lambda p: forward(student.module, p, dict(tokens=TOKENS, mask=MASK))[0])(params)
-  z = jax.jit(lambda p: forward(TEACHER.module, p, dict(tokens=OTHERS, mask=OTHER_MASK))[0])(known)
-  np.testing.assert_allclose(values['uld'], ours(y, z, 'spans', 2.), rtol=1e-5)
+
+  @jax.jit
+  def both(p, t):
+    y = forward(student.module, p, dict(tokens=batch['tokens'], mask=batch['mask']))[0]
+    z = forward(TEACHER.module, t, dict(tokens=batch['teacher_tokens'],
+                                        mask=batch['teacher_mask']))[0]
+    return loss(p, batch, None, teacher_params=t), ours(y, z, 'spans', 2.)
+  (total, values), want = both(params, known)
+  np.testing.assert_allclose(values['uld'], want, rtol=1e-5)
   np.testing.assert_allclose(total, .5 * values['uld'] + values['cross_entropy'], rtol=1e-5)
   odd = weighted(student.module, TEACHER.module, parsed(student, TEACHER, [dict(kind='hidden')]))
   with pytest.raises(InputError, match='hidden compares token by token.*uld'):
     odd({**params, 'projections': {}}, batch, None, teacher_params=known)
 
 
+@pytest.mark.slow
 def test_with_one_tokenizer_it_is_by_tokens():
   teacher = dataclasses.replace(STUDENT, width=24)
   batch = dict(tokens=jnp.asarray(TOKENS), mask=jnp.asarray(MASK))
@@ -146,28 +166,38 @@ def test_with_one_tokenizer_it_is_by_tokens():
     np.testing.assert_allclose(value, want, rtol=1e-5)
 
 
-def test_distill_teaches_a_student_with_another_tokenizer(tiny_model, tmp_path):
+@pytest.fixture
+def other_student(tiny_model):
+  tokenizer = train_bpe(['the old dog sees no fox\n' * 20], 300)
+  config = dataclasses.replace(tiny_model.config, vocabulary=tokenizer.size, width=16, layers=1)
+  return dataclasses.replace(tiny_model, config=config, params={}, tokenizer=tokenizer)
+
+
+@pytest.mark.slow
+def test_distill_teaches_a_student_with_another_tokenizer(tiny_model, other_student, tmp_path):
   text = 'the old fox sees the lazy dog\n' * 8
   for k in range(6):
     (tmp_path / f'{k}.txt').write_text(text)
-  tokenizer = train_bpe(['the old dog sees no fox\n' * 20], 300)
-  config = dataclasses.replace(tiny_model.config, vocabulary=tokenizer.size, width=16, layers=1)
-  student = dataclasses.replace(tiny_model, config=config, params=fresh(config, 0),
-                                tokenizer=tokenizer)
-  say = lambda losses, **own: lean.distill(
-      tiny_model, tmp_path, student=student, losses=losses, batch=4, window=24, peak=2e-2,
-      **dict(steps=12, decay='constant', workdir=tmp_path / 'run', log_every=1) | own)
-  learned = say([dict(kind='uld', align='spans')])
+  student = dataclasses.replace(other_student, params=fresh(other_student.config, 0))
+  learned = lean.distill(
+      tiny_model, tmp_path, student=student, losses=[dict(kind='uld', align='spans')],
+      steps=12, batch=4, window=24, peak=2e-2, decay='constant', workdir=tmp_path / 'run',
+      log_every=1)
   rows = [json.loads(r)['uld'] for r in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
   assert rows[-1] < .95 * rows[0]
-  assert learned.tokenizer is tokenizer and learned.config == config
+  assert learned.tokenizer is student.tokenizer and learned.config == student.config
+
+
+def test_other_losses_and_other_teachers_are_refused(tiny_model, other_student):
+  say = lambda losses, teacher=tiny_model, **own: lean.distill(
+      teacher, 'text', student=other_student, losses=losses, steps=1, **own)
   for losses in (None, [dict(kind='uld'), dict(kind='reverse_kl')], [dict(kind='cka')]):
     with pytest.raises(InputError, match=r"token by token.*kind='uld'"):
       say(losses)
   with pytest.raises(InputError, match='leave on_policy out'):
     say([dict(kind='uld')], on_policy=dict(tokens=4))
   with pytest.raises(InputError, match='teachers of 2 tokenizers'):
-    lean.distill([tiny_model, student], tmp_path, losses=[dict(kind='uld')], steps=1)
+    say([dict(kind='uld')], [tiny_model, other_student])
 
 
 @pytest.mark.parametrize(('given', 'says'), [
