@@ -456,6 +456,8 @@ def distill(teacher: Model | Sequence[Model], data, *, student: Model | None = N
   elif of_labels:
     raise InputError(f'losses and {" and ".join(of_labels)} too; say them in the losses')
   if on_policy is not None:
+    if not isinstance(on_policy, Mapping):
+      raise InputError(f'on_policy {on_policy!r}; expected dict(fraction=.5, tokens=64), say')
     settings['on_policy'] = dict(on_policy, ends=list(student.tokenizer.ends))
   with contextlib.ExitStack() as stack:
     if _tokenizer(teachers) != student.tokenizer.fingerprint:
@@ -497,13 +499,18 @@ def cut(model: Model, data, *, layers: int | None = None, heads: int | None = No
   with packed_windows(data, 'train', model, window, field) as windows:
     batches = of_windows(windows, samples, batch)
     config, params = narrow.cut(model.config, model.params, batches, layers, wide)
-  known = model.family.from_hf(model.family.to_hf(config))
-  if hf.shapes(hf.abstract(known)) != hf.shapes(hf.abstract(dataclasses.replace(
-      config, scan_layers=known.scan_layers))) or known.each != config.each:
-    raise InputError(f'a {model.family.model_type} cannot be described with '
-                     f'{", ".join(["layers"] * (layers is not None) + list(wide))} like this: its '
-                     'config.json says them by others; cut what it names')
+  if unsaid := _unsaid(model.family, config) - _unsaid(model.family, model.config):
+    raise InputError(f'a {model.family.model_type} cut like this has a {min(unsaid)} that its '
+                     'config.json cannot say, as it follows from what was cut; cut other parts')
   return dataclasses.replace(model, config=config, params=params)
+
+
+def _unsaid(family, config):
+  """The fields of a config that are others when it is read from the config.json it is written to.
+  """
+  known = family.from_hf(family.to_hf(config))
+  return {f.name for f in dataclasses.fields(config)
+          if getattr(known, f.name) != getattr(config, f.name)}
 
 
 def _begun(teacher, init, keep, data, settings):

@@ -45,14 +45,14 @@ def block_influence(config, params, batches):
     config: of a decoder or an encoder.
     batches: what `objectives.forward` takes.
   """
-  _one_stack(config)
+  check_one_stack(config)
   totals, counts = zip(*(_cosines(config, params, batch) for batch in batches))
   return np.asarray(1 - sum(totals) / sum(counts))
 
 
 def importance(config, params, batches):
   """The Importance of a model's parts; args as `block_influence` has them."""
-  _one_stack(config)
+  check_one_stack(config)
   flow = [blocks.entries(config.module, params, batch, '') for batch in batches]
   heads, hidden, channels = [], [], 0.
   for site in blocks.sites(config):
@@ -65,7 +65,8 @@ def importance(config, params, batches):
     for block, kind in ((mixer, MIXERS[mixer].module),
                         (feed_forward, FEED_FORWARDS.get(feed_forward))):
       first = [f'{block}/{n}/kernel' for n in getattr(kind, 'reads', ())]
-      channels = channels + next((score[n].inputs for n in first if n in score), 0.)
+      channels = channels + next((score[n].inputs for n in first
+                                  if n in score and score[n].inputs is not None), 0.)
     flow = [e._replace(x=blocks.through(config, site.kind, tree, e.x, at, e.frame)) for e in flow]
   return Importance(heads, hidden, np.asarray(channels))
 
@@ -90,9 +91,11 @@ class _Sizes(Notes):
     self._width, self._shape = head_width, shape
 
   def _statistics(self, x, eqn, w, sizes):
-    if sizes is not None or x.shape[:2] != self._shape:
+    if sizes is not None:
       return _Squares()
     rows, _ = as_matmul(eqn, x, w.dims, w.shape)
+    if rows.shape[:-1] != (self._shape[0] * self._shape[1],):
+      return _Squares()
     x = rows.reshape(*self._shape, -1).astype(jnp.float32)
     if not self._width or x.shape[-1] % self._width:
       return _Squares(self._squared(jnp.abs(x)))
@@ -132,7 +135,8 @@ def _cosine(x, y):
   return product(x, y) / jnp.sqrt(jnp.maximum(product(x, x) * product(y, y), 1e-24))
 
 
-def _one_stack(config):
+def check_one_stack(config):
+  """Raises InputError for an encoder with a decoder."""
   if len(config.stacks) > 1:
     raise InputError('importance is of the layers of one stack, and this model is an encoder and a '
                      'decoder; start such a student from chosen layers')

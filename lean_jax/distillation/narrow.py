@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import tree
-from lean_jax.distillation.importance import block_influence, importance
+from lean_jax.distillation.importance import block_influence, check_one_stack, importance
 from lean_jax.distillation.start import take_layers
 from lean_jax.errors import InputError
 from lean_jax.interop.hf import abstract, shapes
@@ -64,6 +64,7 @@ def cut(config, params, batches, layers, wide):
     wide: settings of `narrowed`.
   """
   keep = None
+  check_one_stack(config)
   if layers is not None:
     _check('layers', layers, config.layers)
     keep = best(block_influence(config, params, batches), layers)

@@ -15,6 +15,7 @@ from lean_jax.distillation.losses import tapped
 from lean_jax.distillation.narrow import best, cut, narrowed
 from lean_jax.errors import InputError
 from lean_jax.models.decoder import DecoderConfig
+from lean_jax.models.encoder_decoder import EncoderDecoderConfig
 from lean_jax.models.families import FAMILIES
 from lean_jax.models.stack import Layer
 from lean_jax.nn.mamba import MambaOptions
@@ -122,6 +123,7 @@ def test_scores_are_means_over_a_text_and_the_l2_norm_over_texts(params, found):
   np.testing.assert_allclose(alone.channels, score(normed) + score(h), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_does_nothing_is_cut_without_a_trace(params, found):
   """A dead head leaves its group a live one; layers lose different parts."""
   idle = without(params, CONFIG, hidden=[(n, f) for n in range(3) for f in (n, n + 5, 11)])
@@ -201,6 +203,9 @@ def test_what_cannot_be_cut_is_refused(params, found, tiny_model, tmp_path):
                            hidden=[found.hidden[0], None, found.hidden[2]])
     with pytest.raises(InputError, match=says):
       narrowed(mixed, zeros, other, **given)
+  pair = EncoderDecoderConfig(encoder=CONFIG, decoder=CONFIG, start=1)
+  with pytest.raises(InputError, match='layers of one stack'):
+    cut(pair, {}, BATCHES, 1, {})
   with pytest.raises(InputError, match='nothing to cut'):
     lean.cut(tiny_model, tmp_path / 'text.txt')
   with pytest.raises(InputError, match="init 'best'.*alternating, importance, random"):
@@ -216,9 +221,14 @@ def test_a_family_whose_config_does_not_say_a_heads_width_keeps_it(tiny_model, t
   config = FAMILIES['gpt2'].from_hf(hf)
   params = jax.jit(config.module.init)(jax.random.key(0), TOKENS)['params']
   model = lean.Model(FAMILIES['gpt2'], config, params, tiny_model.tokenizer)
-  with pytest.raises(InputError, match='a gpt2 cannot be described with groups'):
+  with pytest.raises(InputError, match='a gpt2 cut like this has a head_width'):
     lean.cut(model, tmp_path / 'text.txt', groups=2, window=16)
   small = lean.cut(model, tmp_path / 'text.txt', groups=2, width=16, hidden=64, window=16)
+  gemma = lean.Model(FAMILIES['gemma'], dataclasses.replace(
+      tiny_model.config, norm_offset=1., embedding_scale=32 ** .5, mlp=dataclasses.replace(
+          tiny_model.config.mlp, activation='gelu_tanh')), tiny_model.params, tiny_model.tokenizer)
+  with pytest.raises(InputError, match='a gemma cut like this has a embedding_scale'):
+    lean.cut(gemma, tmp_path / 'text.txt', width=16, window=16)
   lean.save(small, tmp_path / 'out', format='hf')
   np.testing.assert_allclose(lean.load(tmp_path / 'out').logits(TOKENS), small.logits(TOKENS),
                              atol=1e-5)

@@ -20,6 +20,7 @@ from lean_jax.nn.rope import Rope
 from lean_jax.nn.rope_scaling import LongRope
 from lean_jax.objectives.forward import forward, targets
 from lean_jax.pipeline.variants import _losses, _on_policy
+from lean_jax.training.mesh import make_mesh
 from lean_jax.training.recipe import train
 
 CONFIG = DecoderConfig(vocabulary=24, width=16, layers=1, heads=2, groups=1, head_width=8,
@@ -140,6 +141,14 @@ def test_a_resumed_run_ends_with_the_same_bits(models, tmp_path):
     run(models, folder=tmp_path / 'run', stop=lambda: len(seen) == 2,
         hooks=[lambda step, m: seen.append(step)], **settings)
   same(run(models, folder=tmp_path / 'run', **settings), whole)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_it_is_the_same_run(models):
+  given = dict(losses=LOSSES[:1], accumulate=1, steps=3,
+               on_policy=dict(tokens=8, fraction=1, temperature=0.))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3),
+               run(models, mesh=make_mesh(2, 2, 2), **given), run(models, **given))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from lean_jax.distillation.uld import reading, uld
 from lean_jax.errors import InputError
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.objectives.forward import forward
+from lean_jax.training import mesh as meshes
 
 DRAW = np.random.default_rng(0)
 V, W = 11, 7
@@ -150,6 +151,22 @@ def test_in_a_list_of_losses_each_model_reads_its_own_tokens(head_bias):
 
 
 @pytest.mark.slow
+def test_on_a_mesh_it_is_the_same_loss():
+  batch = {k: np.concatenate([x, x[::-1]]) for k, x in PAIRED.items()}
+  loss = weighted(STUDENT.module, TEACHER.module, parsed(
+      STUDENT, TEACHER, [dict(kind='uld', align='spans')]))
+  of = lambda p, t, batch: loss(p, batch, None, teacher_params=t)[0]
+  models = fresh(STUDENT, 0), fresh(TEACHER, 1)
+  want, grads = jax.jit(jax.value_and_grad(of))(*models, jax.tree.map(jnp.asarray, batch))
+  mesh = meshes.make_mesh(2, 2, 2)
+  put = lambda t: jax.device_put(t, meshes.shardings(t, mesh))
+  with meshes.on(mesh):
+    value, ours = jax.jit(jax.value_and_grad(of))(*map(put, models), meshes.put_batch(batch, mesh))
+  np.testing.assert_allclose(value, want, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, grads)
+
+
+@pytest.mark.slow
 def test_with_one_tokenizer_it_is_by_tokens():
   teacher = dataclasses.replace(STUDENT, width=24)
   batch = dict(tokens=jnp.asarray(TOKENS), mask=jnp.asarray(MASK))
@@ -194,6 +211,8 @@ def test_other_losses_and_other_teachers_are_refused(tiny_model, other_student):
   for losses in (None, [dict(kind='uld'), dict(kind='reverse_kl')], [dict(kind='cka')]):
     with pytest.raises(InputError, match=r"token by token.*kind='uld'"):
       say(losses)
+  with pytest.raises(InputError, match='on_policy 0.5; expected dict'):
+    say([dict(kind='uld')], on_policy=.5)
   with pytest.raises(InputError, match='leave on_policy out'):
     say([dict(kind='uld')], on_policy=dict(tokens=4))
   with pytest.raises(InputError, match='teachers of 2 tokenizers'):
