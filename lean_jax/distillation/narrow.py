@@ -41,8 +41,8 @@ def narrowed(config, params, found, *, heads=None, groups=None, hidden=None, wid
   scanned = config.scan_layers
   config, params = converted(config, params, False)
   if hidden is not None:
+    _check_all('hidden units', [x is not None for x in found.hidden], 'an MLP')
     _check('hidden', hidden, config.hidden)
-    _check_all('hidden', [x is not None for x in found.hidden], 'an MLP')
     keep = [best(x, hidden) for x in found.hidden]
     config, params = _cut(config, params, dict(hidden=hidden),
                           lambda name, layer: {config.hidden: keep[layer]})
@@ -84,11 +84,11 @@ def best(scores, count):
 def _cut_heads(config, params, found, heads, groups):
   H, G, K = config.heads, config.groups, config.head_width
   R = H // G
+  _check_all('heads', [x is not None for x in found.heads], 'attention')
   groups = G if groups is None else groups
   _check('groups', groups, G)
   heads = groups * R if heads is None else heads
   _check('heads', heads, H)
-  _check_all('heads', [x is not None for x in found.heads], 'attention')
   if heads % groups or heads // groups > R:
     raise InputError(f'heads {heads} in {groups} groups, of {H} in {G}; give a multiple of the '
                      f'groups, {R} heads in each at most')
