@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     attach_lora,
     cache_teacher,
     completions,
+    cut,
     distill,
     evaluate,
     generate,
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
   )
   from lean_jax.evaluation.audit import audit
 
-_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'cache_teacher', 'completions',
+_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'cache_teacher', 'completions', 'cut',
         'distill', 'evaluate', 'generate', 'load', 'load_adapter', 'merge', 'quantize',
         'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers', 'together', 'train', 'use',
         'write_data')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
-           'attach_lora', 'audit', 'cache_teacher', 'completions', 'distill', 'evaluate',
+           'attach_lora', 'audit', 'cache_teacher', 'completions', 'cut', 'distill', 'evaluate',
            'generate', 'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
            'save_adapter', 'scan_layers', 'together', 'train', 'use', 'write_data']
 

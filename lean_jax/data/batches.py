@@ -65,8 +65,8 @@ class Batches:
                                                    self.hosts)])
 
   def __getitem__(self, step) -> dict[str, np.ndarray]:
-    """tokens: [batch / hosts, length], int32."""
-    return dict(tokens=self.windows.array[self.rows(step)].astype(np.int32))
+    """tokens: [batch / hosts, length], int32; and what else the windows have, see their `batch`."""
+    return self.windows.batch(self.rows(step))
 
 
 def sequential(windows: Windows, batch) -> Iterator[dict[str, np.ndarray]]:

@@ -25,7 +25,7 @@ from lean_jax.training.digest import fingerprint
 FORMAT = 1                    # raised with any change of the files
 HEADER = 'cache.json'
 FILE = 1 << 26                # bytes of labels in a file, about
-IDS, LOG_PROBS = 'teacher_ids', 'teacher_log_probs'    # of a batch
+IDS, LOG_PROBS = 'label_ids', 'label_log_probs'    # of a batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -262,7 +262,7 @@ class LabelledBatches:
     return self.batches.rows(step)
 
   def __getitem__(self, step) -> dict[str, np.ndarray]:
-    """tokens [B T]; teacher_ids [B T k], int32, and teacher_log_probs [B T k+1], float32.
+    """tokens [B T]; label_ids [B T k], int32, and label_log_probs [B T k+1], float32.
 
     All others' probability is the last, unless k is the vocabulary. A window's last token predicts
     nothing of it and has some labels, which no loss counts.

@@ -10,19 +10,20 @@ from lean_jax.distillation import terms
 from lean_jax.distillation.cache import IDS, LOG_PROBS
 from lean_jax.distillation.schedules import schedule
 from lean_jax.distillation.soft_labels import known_labels, soft_labels
+from lean_jax.distillation.uld import ALIGN, reading, uld
 from lean_jax.errors import InputError
 from lean_jax.kernels.distill_loss import api as distill_loss
 from lean_jax.kernels.distill_loss.kinds import KINDS as DIVERGENCES
 from lean_jax.kernels.distill_loss.kinds import divergence
-from lean_jax.kernels.distill_loss.reference import Known
+from lean_jax.kernels.distill_loss.reference import Known, logits, product
 from lean_jax.models.segments import located
 from lean_jax.nn.taps import STATES
 from lean_jax.objectives.forward import hidden, run, targets, token_axes
 from lean_jax.objectives.language_modeling import cross_entropy
 from lean_jax.tree import named_arrays
 
-HARD = 'cross_entropy'
-PROJECTIONS = 'projections'    # where the tree of trained parameters has the losses' own
+HARD, ULD = 'cross_entropy', 'uld'
+LEARNED = terms.Learned._fields     # where the tree of trained parameters has the losses' own
 
 
 class Term(NamedTuple):
@@ -31,11 +32,12 @@ class Term(NamedTuple):
   Attributes:
     name: of its value among the metrics.
     weight: steps done -> number.
-    kind: of labels: `HARD` or one of `DIVERGENCES`; None of taps.
-    temperature: steps done -> number; None but of a divergence.
-    options: of the divergence.
+    kind: of labels: `HARD`, `ULD` or one of `DIVERGENCES`; None of taps.
+    temperature: steps done -> number; None but of a divergence or `ULD`.
+    options: of these.
     looks: a `terms.Looks`; None of labels.
     teacher: its number.
+    side: of taps of an encoder and a decoder, the stack: 'encoder/' or 'decoder/'.
   """
   name: str
   weight: Callable
@@ -44,6 +46,7 @@ class Term(NamedTuple):
   options: Any = None
   looks: Any = None
   teacher: int = 0
+  side: str = ''
 
 
 def parsed(student, teachers, losses):
@@ -52,10 +55,11 @@ def parsed(student, teachers, losses):
   Args:
     student: its config.
     teachers: a config, or a tuple of several's.
-    losses: dicts: `kind`, of labels 'cross_entropy' or one of `distill_loss`, or of taps one of
-      `terms.KINDS`; `weight` (1), `name` (the kind), `teacher` (0, the first of several); the
-      temperature (1) of soft labels; the kind's own options. Weights and temperatures may be what
-      `schedule` takes.
+    losses: dicts: `kind`, of labels 'cross_entropy', 'uld' or one of `distill_loss`, or of taps one
+      of `terms.KINDS`; `weight` (1), `name` (the kind), `teacher` (0, the first of several); the
+      temperature (1) of soft labels; the kind's own options: of 'uld' `align`, of `uld.ALIGN`, the
+      first without. Of taps of encoder-decoders `side`, 'encoder' or 'decoder'. Weights and
+      temperatures may be what `schedule` takes.
 
   Raises:
     InputError: a kind, an option or a number that there is not, two of one name, vocabularies that
@@ -81,7 +85,7 @@ def parsed(student, teachers, losses):
                      f'dict(kind=..., teacher={min(unseen)}), or leave the teacher out')
   if all(hard):
     raise InputError('the only loss is cross_entropy, which needs no teacher; add one that looks '
-                     f'at it: {", ".join([*DIVERGENCES, *terms.KINDS])}')
+                     f'at it: {", ".join([*DIVERGENCES, ULD, *terms.KINDS])}')
   return tuple(out)
 
 
@@ -101,21 +105,31 @@ def weighted(student, teachers, losses):
   labels, taps = [t for t in losses if t.looks is None], [t for t in losses if t.looks is not None]
   wanted = tuple(sorted({c for t in taps for c in t.looks.taps}))
   teachers = _several(teachers)
+  sides = {t.side for t in taps}
 
   def loss(params, batch, key, step=0, *, teacher_params=()):
     del key
-    one, *others = _seen((student, *teachers), (params, *_several(teacher_params)), batch, wanted)
+    theirs = teachers_batch(batch)
+    if theirs is not batch:
+      check_tokenizers([t.name for t in losses if t.kind not in (HARD, ULD)])
+    one, *others = _seen((student, *teachers), (params, *_several(teacher_params)),
+                         (batch, *[theirs] * len(teachers)), wanted)
     others = others or [Known(*(x.reshape(-1, x.shape[-1]) for x in (batch[IDS],
                                                                      batch[LOG_PROBS])))]
-    total, values = _labels(labels, one, others, batch, step) if labels else (0., {})
-    if taps:
-      mine = tapped(student.config, one.taps)
-      theirs = [tapped(m.config, other.taps) for m, other in zip(teachers, others)]
-      real = batch.get('mask', jnp.ones(batch['tokens'].shape, bool))
-      for t in taps:
-        value = t.looks.value(mine, theirs[t.teacher], real,
-                              params.get(PROJECTIONS, {}).get(t.name))
+    near = [t for t in labels if t.kind != ULD and not (t.kind == HARD and 'sampled' in batch)]
+    total, values = _labels(near, one, others, batch, step) if near else (0., {})
+    for t in labels:
+      if t.kind == ULD:
+        value = uld(_reading(one, batch, t), _reading(others[t.teacher], theirs, t),
+                    t.temperature(step))
         total, values[t.name] = total + t.weight(step) * value, value
+    shown = {side: [tapped(m.config, seen.taps, side) for m, seen in zip(
+        (student, *teachers), (one, *others))] for side in sides}
+    for t in taps:
+      mine, *rest = shown[t.side]
+      learned = terms.Learned(*(params.get(tree, {}).get(t.name) for tree in LEARNED))
+      value = t.looks.value(mine, rest[t.teacher], _real(batch, t.side), learned)
+      total, values[t.name] = total + t.weight(step) * value, value
     return total + one.auxiliary, jax.lax.stop_gradient(values)
   return loss
 
@@ -132,19 +146,45 @@ def distillation(student, teacher, *, temperature, soft_weight):
       student.config, teacher.config, soft_and_hard(temperature, soft_weight)))
 
 
+def learned(losses, key):
+  """{tree of `LEARNED`: {name: array}} of what Terms learn: `projections`, and maps of zeros."""
+  maps = {t.name: jnp.zeros(t.looks.learned.layer_maps) for t in losses
+          if t.looks is not None and t.looks.learned.layer_maps is not None}
+  each = zip(LEARNED, (projections(losses, key), maps), strict=True)
+  return {name: own for name, own in each if own}
+
+
 def projections(losses, key):
   """{name: matrix} of the Terms that learn one; entries are normal, of variance 1 / D."""
-  shapes = {t.name: t.looks.projection for t in losses
-            if t.looks is not None and t.looks.projection is not None}
+  shapes = {t.name: t.looks.learned.projections for t in losses
+            if t.looks is not None and t.looks.learned.projections is not None}
   return {name: jax.random.normal(jax.random.fold_in(key, k), shape) * shape[0] ** -.5
           for k, (name, shape) in enumerate(shapes.items())}
 
 
-def tapped(config, found):
+def teachers_batch(batch):
+  """The batch as teachers read it: its `teacher_` arrays where their tokenizer is another."""
+  own = {k.removeprefix('teacher_'): x for k, x in batch.items() if k.startswith('teacher_')}
+  return own or batch
+
+
+def check_tokenizers(kinds):
+  """Raises InputError for losses, by name, that compare token by token, of other tokenizers."""
+  if odd := [kind for kind in kinds if kind not in (HARD, ULD)]:
+    raise InputError(f'{odd[0]} compares token by token, and the teacher reads by another '
+                     "tokenizer than the student; give dict(kind='uld', align='spans'), and "
+                     'cross_entropy if you like')
+
+
+def tapped(config, found, side=''):
   """The Tapped of {collection: tree}, of stacked layers or of ones written out."""
+  config = config.stacks[side]
   layers, embedding = [{} for _ in config.each], None
   for collection, sown in found.items():
     for path, x in named_arrays(sown).items():
+      if not path.startswith(side):
+        continue
+      path = path.removeprefix(side)
       inner, at = located(config, path)
       *_, name, _ = inner.split('/')                               # the last is sow's own tuple
       if at is None:
@@ -169,14 +209,30 @@ def _several(x):
   return x if isinstance(x, tuple) else (x,)
 
 
-def _seen(modules, params, batch, taps):
-  """The _Seen of each model: all by their heads, or all by their logits."""
-  each = tuple(zip(modules, params))
-  heads = [hidden(m, p, batch, taps) for m, p in each]
+def _real(batch, side):
+  """[B T], which tokens of a stack's are real."""
+  side = 'decoder_' if side == 'decoder/' else ''
+  return batch.get(f'{side}mask', jnp.ones(batch[f'{side}tokens'].shape, bool))
+
+
+def _reading(seen, batch, term):
+  """The `uld.Reading` of a model."""
+  x, (_, counted) = seen.head, targets(batch)
+  if x is None:
+    return reading(seen.logits, lambda rows: rows, batch, counted, **term.options)
+  states = x.states.reshape(*counted.shape, -1)
+  return reading(states, lambda rows: logits(product(rows, x.matrix, x.head), x.head), batch,
+                 counted, **term.options)
+
+
+def _seen(modules, params, batches, taps):
+  """The _Seen of each model on its batch: all by their heads, or all by their logits."""
+  each = tuple(zip(modules, params, batches))
+  heads = [hidden(m, p, batch, taps) for m, p, batch in each]
   if None not in heads:
     return [_Seen(x, None, x.taps, x.auxiliary) for x in heads]
-  return [_Seen(None, logits, shown, auxiliary) for logits, auxiliary, shown in (
-      run(m, p, batch, taps) for m, p in each)]
+  return [_Seen(None, y, shown, auxiliary) for y, auxiliary, shown in (
+      run(m, p, batch, taps) for m, p, batch in each)]
 
 
 def _labels(losses, one, others, batch, step):
@@ -235,7 +291,7 @@ def _share(part, whole):
 
 def _term(student, teachers, given):
   kind = given.pop('kind', None)
-  known = [HARD, *DIVERGENCES, *terms.KINDS]
+  known = [HARD, *DIVERGENCES, ULD, *terms.KINDS]
   if kind not in known:
     raise InputError(f'no loss of kind {kind!r}; there are: {", ".join(known)}')
   name = given.pop('name', kind)
@@ -245,30 +301,54 @@ def _term(student, teachers, given):
     raise InputError(f'{name} of teacher {which!r}; there are {len(teachers)}, numbered from 0')
   teacher = teachers[which]
   if kind in terms.KINDS:
+    side = _side(name, student, teacher, given)
     own = inspect.signature(terms.KINDS[kind]).parameters
     _check_options(kind, given, [n for n, p in own.items() if p.kind == p.KEYWORD_ONLY])
     missing = [n for n, p in own.items()
                if p.kind == p.KEYWORD_ONLY and p.default is p.empty and n not in given]
     if missing:
       raise InputError(f'{kind} without {missing[0]}; give it')
-    if len(student.stacks) > 1 or len(teacher.stacks) > 1:
-      raise InputError(f'{kind} compares layers of decoders or encoders, and one of these models '
-                       'is a pair of both; only losses on labels are for those')
-    return Term(name, weight, looks=terms.KINDS[kind](student, teacher, **given),
-                teacher=which)
+    looks = terms.KINDS[kind](student.stacks[side], teacher.stacks[side], **given)
+    return Term(name, weight, looks=looks, teacher=which, side=side)
   if kind == HARD:
     _check_options(kind, given, [])
     return Term(name, weight, HARD)
+  if kind == ULD:
+    temperature = schedule(given.pop('temperature', 1.), f'temperature of {name}', positive=True)
+    _check_options(kind, given, ['teacher', 'temperature', 'align'])
+    align = given.get('align', ALIGN[0])
+    if align not in ALIGN:
+      raise InputError(f'align {align!r} of {name}; expected one of {", ".join(ALIGN)}')
+    return Term(name, weight, ULD, temperature, dict(align=align), teacher=which)
   if student.vocabulary != teacher.vocabulary:
     raise InputError(f'the teacher has a vocabulary of {teacher.vocabulary} and the student of '
                      f'{student.vocabulary}; soft labels ({kind}) need the same tokenizer in both; '
-                     'losses on layers do not need it: hidden, cka, minilmv2')
+                     'uld does not; nor do, of two heads on one tokenizer, hidden, cka, minilmv2')
   temperature = schedule(given.pop('temperature', 1.), f'temperature of {name}', positive=True)
   try:
     divergence(kind, given, student.vocabulary)
   except ValueError as error:
     raise InputError(str(error)) from error
   return Term(name, weight, kind, temperature, given, teacher=which)
+
+
+def _side(name, student, teacher, given):
+  """Where the stack is that a loss on taps looks at."""
+  side = given.pop('side', None)
+  sides = ['encoder/', 'decoder/']
+  pairs = {whose: list(c.stacks) == sides for whose, c in dict(
+      student=student, teacher=teacher).items()}
+  if len(set(pairs.values())) > 1:
+    raise InputError(f'{name} compares the layers of a stack with those of a pair of stacks; only '
+                     'losses on labels are for those')
+  if not pairs['student']:
+    if side is not None:
+      raise InputError(f'side {side!r} of {name}; these models have one side; leave it out')
+    return ''
+  if f'{side}/' not in sides:
+    raise InputError(f"{name} of encoder-decoders needs side='encoder' or side='decoder', got "
+                     f'{side!r}; give one')
+  return f'{side}/'
 
 
 def _check_options(kind, given, own):

@@ -6,6 +6,9 @@ kinds of labels are in `losses`. A new one is a function here, and a line in `KI
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from lean_jax.distillation import attention
 from lean_jax.distillation.cka import cka
 from lean_jax.distillation.hidden import hidden_cosine, hidden_mse
@@ -18,17 +21,28 @@ RELATIONS = ('queries', 'keys', 'values')
 SCORE_DISTANCES = dict(mse=attention.attention_mse, kl=attention.attention_kl)
 
 
+class Learned(NamedTuple):
+  """What a loss learns beside the student; None where it does not.
+
+  Attributes:
+    projections: a matrix [D E] from the student's states to the teacher's.
+    layer_maps: [M N], of each of the student's layers a row, whose softmax weighs the teacher's.
+  """
+  projections: Any = None
+  layer_maps: Any = None
+
+
 class Looks(NamedTuple):
   """What a loss on taps needs.
 
   Attributes:
     taps: collections, of `nn.taps`.
-    value: (student, teacher, mask, projection) -> scalar, of two `Tapped`.
-    projection: the shape of the learned matrix [D E] from student to teacher; None without.
+    value: (student, teacher, mask, Learned) -> scalar, of two `Tapped`.
+    learned: of what it learns, the shapes.
   """
   taps: tuple[str, ...]
   value: Callable
-  projection: tuple[int, int] | None = None
+  learned: Learned = Learned()
 
 
 class Tapped(NamedTuple):
@@ -42,9 +56,16 @@ def hidden(student, teacher, *, distance='mse', layers='uniform', project=None):
 
   Args:
     distance: 'mse' or 'cosine'.
-    layers: of `layers.layer_map`; the mean over its pairs.
+    layers: of `layers.layer_map`; the mean over its pairs. Or 'learned': each of the student's
+      layers has a mixture of all the teacher's, as in ALP-KD (Passban et al. 2020,
+      arXiv:2012.14022, section 3), its weights a learned softmax.
     project: whether a learned matrix is between, one for all pairs; None is where widths differ.
   """
+  if layers == 'learned':
+    each = lambda x: [layer['hidden'] for layer in x.layers]
+    return _states(student, teacher, distance, project,
+                   lambda x, y: [(h, jnp.stack(each(y))) for h in each(x)],
+                   (student.layers, teacher.layers))
   pairs = layer_map(layers, student.layers, teacher.layers)
   return _states(student, teacher, distance, project,
                  lambda x, y: [(x.layers[s]['hidden'], y.layers[t]['hidden']) for s, t in pairs])
@@ -125,7 +146,7 @@ KINDS = dict(hidden=hidden, embedding=embedding, cka=states_cka, attention=score
              minilmv2=minilmv2)
 
 
-def _states(student, teacher, distance, project, states):
+def _states(student, teacher, distance, project, states, maps=None):
   compare = _named('distance', distance, STATE_DISTANCES)
   if project not in (None, True, False):
     raise InputError(f'project {project!r}; expected True, False or None')
@@ -134,10 +155,13 @@ def _states(student, teacher, distance, project, states):
     raise InputError(f'states of the student are {D} wide and of the teacher {E}, and project is '
                      'False; leave it out, or compare them by cka')
   learned = project or D != E
-  return Looks(
-      (STATES,), lambda x, y, mask, projection: _mean(
-          compare(a, b, mask, projection) for a, b in states(x, y)),
-      (D, E) if learned else None)
+
+  def value(x, y, mask, learned):
+    pairs = states(x, y)
+    mixtures = [None] * len(pairs) if maps is None else jax.nn.softmax(learned.layer_maps)
+    return _mean(compare(a, b, mask, learned.projections, mixture)
+                 for (a, b), mixture in zip(pairs, mixtures))
+  return Looks((STATES,), value, Learned((D, E) if learned else None, maps))
 
 
 def _named(what, name, known):

@@ -74,7 +74,8 @@ def make(variant, model, models, windows, c, mesh, folder, bars, stop):
       params, seconds = train(
           model.module, model.params, batches, steps=phase.steps, peak=phase.peak,
           teacher=teacher and (teacher.module, teacher.params),
-          losses=_losses(c.distillation) if teacher else None, mesh=mesh, seed=c.seed,
+          losses=_losses(c.distillation) if teacher else None,
+          on_policy=_on_policy(c.distillation, teacher), mesh=mesh, seed=c.seed,
           folder=folder, stop=stop,
           hooks=(progress.training(update, phase.steps, batch * windows['main'].length),),
           **settings)
@@ -86,7 +87,15 @@ def make(variant, model, models, windows, c, mesh, folder, bars, stop):
 
 def _losses(c):
   """The list of losses of a config: `losses`, or the temperature and soft_weight of two."""
-  return c.losses if 'losses' in c else soft_and_hard(**c)
+  return c.losses if 'losses' in c else soft_and_hard(
+      **{k: v for k, v in c.items() if k != 'on_policy'})
+
+
+def _on_policy(c, teacher):
+  """The settings of a config's `on_policy`; None without, or without a teacher."""
+  if teacher is None or 'on_policy' not in c:
+    return None
+  return dict(c.on_policy, ends=list(teacher.tokenizer.ends))
 
 
 def _tell_merged(variant, before, after, bars):

@@ -16,11 +16,11 @@ from lean_jax.training.digest import fingerprint
 
 def fit(loss_fn, params, batches, tx, *, steps, trainable='.*', frozen=None, mesh=None,
         accumulate=1, seed=0, hooks=(), checkpoints=None, settings=None, stop=lambda: False,
-        check_every=20):
+        check_every=20, rollout=None):
   """Trains the arrays of params whose names match `trainable`; the others stay as they are.
 
-  Batch and key of a step follow from the step alone, so that a run resumed from a checkpoint ends
-  with the very bits of an uninterrupted one.
+  Batch and key of a step follow from the step alone (and of a `rollout`, from the parameters then),
+  so that a run resumed from a checkpoint ends with the very bits of an uninterrupted one.
 
   Args:
     loss_fn: (params, batch, key, **frozen) -> (scalar, {metric: scalar}), pure; one that has an
@@ -42,6 +42,8 @@ def fit(loss_fn, params, batches, tx, *, steps, trainable='.*', frozen=None, mes
       refused.
     stop: asked after each step; True saves and raises Preempted.
     check_every: steps between looks for a NaN or an infinity; there is one before each save too.
+    rollout: None, or (params, batch, key, step) -> batch, pure: what the loss is given in a batch's
+      place, of the parameters before the step.
 
   Returns:
     params, trained; and the seconds that it took, those before a resume included.
@@ -75,6 +77,8 @@ def fit(loss_fn, params, batches, tx, *, steps, trainable='.*', frozen=None, mes
   with meshes.on(mesh):
     for step in range(first, steps):
       batch = meshes.put_batch(batches[step], mesh)
+      if rollout is not None:
+        batch = rollout(tree.merge(train, rest), batch, key, step)
       train, opt, bad, metrics = update(train, opt, bad, rest, frozen, batch, key,
                                         jnp.asarray(step, jnp.int32))
       done = step + 1

@@ -10,6 +10,7 @@ from lean_jax.adapters.dropout import dropping, drops_out
 from lean_jax.adapters.trained import trained
 from lean_jax.distillation import losses as distilled
 from lean_jax.distillation.cache import check_losses
+from lean_jax.distillation.on_policy import rollout
 from lean_jax.errors import InputError
 from lean_jax.objectives.language_modeling import next_token
 from lean_jax.quantization.ema import averaged, has_averages
@@ -21,8 +22,8 @@ from lean_jax.training.optimizer import adamw
 
 def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', weight_decay=0.,
           clip=1., b_ratio=1., accumulate=1, teacher=None, cached=False, losses=None,
-          trainable=None, mesh=None, seed=0, folder=None, save_every=200, log_every=10, hooks=(),
-          stop=lambda: False):
+          on_policy=None, trainable=None, mesh=None, seed=0, folder=None, save_every=200,
+          log_every=10, hooks=(), stop=lambda: False):
   """Trains by hard labels, or by what a teacher shows.
 
   Args:
@@ -33,6 +34,8 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
     cached: whether the batches have a teacher's labels: see `distillation.cache`.
     losses: with a teacher or its labels, the list of `distillation.losses.parsed`; None is
       `soft_and_hard()`.
+    on_policy: with a teacher, None, or the settings of `distillation.on_policy.rollout`: on some
+      steps the losses are on what the student writes; cross_entropy then does not count.
     trainable: a pattern on arrays' names; None is the adapters where there are any, else all. What
       the losses learn themselves trains too.
     folder: where checkpoints and metrics go; None keeps nothing.
@@ -44,12 +47,14 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
   """
   if teacher is None and not cached and losses is not None:
     raise InputError('losses without a teacher; give one, or leave them out')
+  if teacher is None and on_policy is not None:
+    raise InputError('on_policy without a teacher to score what the student writes; give one')
   schedule = dict(steps=steps, peak=peak, warmup=warmup, decay=decay, weight_decay=weight_decay,
                   clip=clip, b_ratio=b_ratio)
   tx = averaged(adamw(**schedule)) if has_averages(params) else adamw(**schedule)
   settings = dict(schedule, accumulate=accumulate)
   trainable = trainable or trained(params) or '.*'
-  frozen = {}
+  frozen, written = {}, None
   if teacher is None and not cached:
     loss = _next_token(module)
   else:
@@ -65,9 +70,12 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
       frozen = dict(teacher_params=known)
     terms, loss = _distillation(module, teachers, text)
     settings |= dict(losses=json.loads(text))
-    if learned := distilled.projections(terms, jax.random.key(seed)):
-      params = {**params, distilled.PROJECTIONS: learned}
-      trainable = f'{trainable}|{distilled.PROJECTIONS}/.*'
+    if on_policy is not None:
+      written = _on_policy(module, on_policy, terms, seed)
+      settings |= dict(on_policy=dict(on_policy))
+    if learned := distilled.learned(terms, jax.random.key(seed)):
+      params = {**params, **learned}
+      trainable = '|'.join([trainable, *(f'{name}/.*' for name in learned)])
   if drops_out(params):
     loss = dropping(loss)
   with contextlib.ExitStack() as stack:
@@ -81,8 +89,21 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
     params, seconds = fit(
         loss, params, batches, tx, steps=steps, trainable=trainable, frozen=frozen, mesh=mesh,
         accumulate=accumulate, seed=seed, hooks=hooks, checkpoints=checkpoints, settings=settings,
-        stop=stop)
-  return {k: v for k, v in params.items() if k != distilled.PROJECTIONS}, seconds
+        stop=stop, rollout=written)
+  return {k: v for k, v in params.items() if k not in distilled.LEARNED}, seconds
+
+
+def _on_policy(module, given, terms, seed):
+  """The rollout of the settings that a user gives."""
+  try:
+    made = rollout(module, **given, seed=seed)
+  except TypeError as error:
+    raise InputError(f'on_policy {given!r}; expected dict(tokens=, fraction=, temperature=), with '
+                     'ends= from training.recipe') from error
+  if given.get('fraction') == 1 and any(t.kind == distilled.HARD for t in terms):
+    raise InputError('cross_entropy counts on the steps whose text is the data, and on_policy with '
+                     'fraction 1 leaves none; leave it out, or lower the fraction')
+  return made
 
 
 # The same loss object for the same settings, so that its step is compiled once a process.

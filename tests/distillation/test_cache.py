@@ -164,8 +164,8 @@ def test_losses_of_a_cache_are_those_of_its_numbers(tiny_model, cache, student):
   (total, values), _ = losses_of(module, params, batch, KINDS)
   y = jax.jit(lambda p: module.apply({'params': p}, jnp.asarray(batch['tokens']))[0])(params)
   rows = lambda x: np.asarray(x[:, :-1], np.float64).reshape(60, -1)
-  q = bucketed(log_softmax64(rows(y)), rows(batch['teacher_ids']).astype(int))
-  p = rows(batch['teacher_log_probs'])
+  q = bucketed(log_softmax64(rows(y)), rows(batch['label_ids']).astype(int))
+  p = rows(batch['label_log_probs'])
   q2, p2 = log_softmax64(q / 2), log_softmax64(p / 2)
   want = dict(
       forward_kl=4 * (np.exp(p2) * (p2 - q2)).sum(1).mean(),
