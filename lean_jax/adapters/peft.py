@@ -60,20 +60,10 @@ def save_peft(folder, family, config, params, *, overwrite=False):
   folder = pathlib.Path(folder)
   if overwrite and occupied(folder) and not (folder / CONFIG).exists():
     raise InputError(f'{folder} holds no adapter, so it is not overwritten; name another')
-  modules = {}
-  for path, w in tree.named_weights(params).items():
-    if isinstance(w, Adapter):
-      _, layers = place(config, path)
-      for module, k in _modules(family, config, path, w):
-        modules[module] = taken(w, k) if isinstance(layers, tuple) else w
-  if not modules:
-    raise InputError('no weight has an adapter to save; attach and train one first')
-  forms = {_form(w) for w in modules.values()}
-  if len(forms) > 1 or None in forms:
-    kinds = sorted({type(w).__name__ for w in modules.values()})
-    raise InputError(f'PEFT files have adapters of one kind, LoRA, DoRA, VeRA or IA3, on a weight '
-                     f'each; these are {", ".join(kinds)}, or adapters upon adapters')
-  form, = forms
+  form, places = _written(family, config, params)
+  weights = tree.named_weights(params)
+  modules = {module: weights[path] if k is None else taken(weights[path], k)
+             for module, (path, k) in places.items()}
   settings, arrays = _WRITERS[form](modules)
   named = _named(modules, _all_modules(family, config, params))
   settings = dict(peft_type=form, base_model_name_or_path=None, task_type=None, revision=None,
@@ -86,6 +76,35 @@ def save_peft(folder, family, config, params, *, overwrite=False):
                               encoding='utf-8')
     shards.write_file(new / TENSORS, {n: (x.shape, x.dtype) for n, x in sorted(arrays.items())},
                       arrays.__getitem__, **{BASE: base_fingerprint(config, params)})
+
+
+def refusal(family, config, params):
+  """Why PEFT files have no words for the adapters of a model, in a sentence; None where they do."""
+  try:
+    _written(family, config, params)
+  except InputError as error:
+    return str(error)
+  return None
+
+
+def _written(family, config, params):
+  """The peft_type of a model's adapters, and {module: (the weight, where along its layers)}.
+
+  Raises:
+    InputError: there are none, or some that the files have no words for.
+  """
+  adapted = {path: w for path, w in tree.named_weights(params).items() if isinstance(w, Adapter)}
+  if not adapted:
+    raise InputError('no weight has an adapter to save; attach and train one first')
+  forms = {_form(w) for w in adapted.values()}
+  if len(forms) > 1 or None in forms:
+    kinds = sorted({type(w).__name__ for w in adapted.values()})
+    raise InputError(f'PEFT files have adapters of one kind, LoRA, DoRA, VeRA or IA3, on a weight '
+                     f'each; these are {", ".join(kinds)}, or adapters upon adapters')
+  stacked = lambda path: isinstance(place(config, path)[1], tuple)
+  form, = forms
+  return form, {module: (path, k if stacked(path) else None) for path, w in adapted.items()
+                for module, k in _modules(family, config, path, w)}
 
 
 def load_peft(folder, family, config, params):

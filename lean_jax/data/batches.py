@@ -17,7 +17,7 @@ class Batches:
   Every window comes once an epoch, in a new order each epoch. An epoch may end within a batch.
 
   Attributes:
-    windows: at least one batch of them.
+    windows: at least one batch of them; or `examples.ExampleWindows`.
     batch: windows a step, over all hosts.
     seed: of the order, 0 to 2**32 - 1.
     shuffle: False keeps the windows in order.
@@ -65,8 +65,8 @@ class Batches:
                                                    self.hosts)])
 
   def __getitem__(self, step) -> dict[str, np.ndarray]:
-    """tokens: [batch / hosts, length], int32."""
-    return dict(tokens=self.windows.array[self.rows(step)].astype(np.int32))
+    """What the windows' `batch` gives of so many rows: tokens, [batch / hosts, length] int32, ..."""
+    return self.windows.batch(self.rows(step))
 
 
 def sequential(windows: Windows, batch) -> Iterator[dict[str, np.ndarray]]:

@@ -55,6 +55,10 @@ class Windows:
     """Tokens in all windows."""
     return self.array.size
 
+  def batch(self, rows) -> dict[str, np.ndarray]:
+    """tokens: [rows, length], int32."""
+    return dict(tokens=self.array[rows].astype(np.int32))
+
 
 def pack(source: Source, split, tokenizer: Tokenizer, length, cache_dir, *, max_tokens=None,
          progress: Callable[[int, int, str], None] | None = None) -> Windows:

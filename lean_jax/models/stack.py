@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from lean_jax.errors import InputError
 from lean_jax.models.kinds import FEED_FORWARDS, MIXERS
 from lean_jax.models.segments import segments, uniform
 from lean_jax.nn import attention
@@ -159,6 +160,7 @@ class Frame(NamedTuple):
     offset: the place of the first of these tokens in the cache.
     cross: [B S D], an encoder's output; None without, or where the cache has its keys and values.
     cross_visible: [B or 1, 1, 1, S] bool, which of it is real.
+    segments: [B T] integer, the text that each token is of, where a row has several; None for one.
   """
   mask: Any = None
   known: Any = None
@@ -170,6 +172,12 @@ class Frame(NamedTuple):
   offset: Any = 0
   cross: Any = None
   cross_visible: Any = None
+  segments: Any = None
+
+  @property
+  def plain(self):
+    """Whether what a causal query sees follows from its place and segment alone."""
+    return self.bias is None and (self.mask is None or self.segments is not None)
 
 
 class Place(NamedTuple):
@@ -349,7 +357,7 @@ class Stack(nn.Module):
       self.norm = norm(c)
 
   def hidden(self, tokens, cache=None, offset=0, mask=None, token_types=None, cross=None,
-             cross_mask=None):
+             cross_mask=None, segments=None):
     """The last layer's output after the final norm, [B T D], and the cache.
 
     Args:
@@ -360,15 +368,23 @@ class Stack(nn.Module):
       token_types: [B T]; None is type 0.
       cross: [B S D], the encoder's output that layers attend to; None where the cache has it.
       cross_mask: [B S] bool, which of it is real; None for all.
+      segments: [B T], integer: which of several texts in a row a token is of, 0 where of none. A
+        token sees its own text alone, whose positions begin anew. None is one text a row.
+
+    Raises:
+      InputError: segments with a cache, or in a model whose state goes on from text to text.
     """
-    x, frame, cache = self.begin(tokens, cache, offset, mask, token_types, cross, cross_mask)
+    x, frame, cache = self.begin(tokens, cache, offset, mask, token_types, cross, cross_mask,
+                                 segments)
     return self.through(x, frame, cache)
 
   def begin(self, tokens, cache=None, offset=0, mask=None, token_types=None, cross=None,
-            cross_mask=None):
+            cross_mask=None, segments=None):
     """What the layers are given: embeddings [B T D], the Frame and the cache; as `hidden` takes.
     """
-    cache, frame, at = framed(self.config, tokens, cache, offset, mask)
+    if segments is not None:
+      check_segments(self.config, cache)
+    cache, frame, at = framed(self.config, tokens, cache, offset, mask, segments)
     if self.config.cross:
       cache, frame = crossed(cache, frame, cross, cross_mask)
     if self.config.relative:
@@ -415,9 +431,21 @@ def layer_stack(config, initializing):
   return segment_module(config, cut[0], initializing) if uniform(cut) else Segments(config)
 
 
-def framed(config, tokens, cache, offset, mask):
+def check_segments(config, cache):
+  """Raises InputError where rows cannot be of several texts."""
+  stateful = sorted({l.mixer for l in config.each} - {'attention', 'latent'})
+  if stateful:
+    raise InputError(f'{" and ".join(stateful)} layers carry a state from one text of a row into '
+                     'the next; give a text a row, padded')
+  if cache is not None:
+    raise InputError('segments with a cache; it is of one text a row: leave them out')
+
+
+def framed(config, tokens, cache, offset, mask, segments=None):
   """The cache with these tokens noted, their Frame, and their positions [B or 1, T]."""
   B, T = tokens.shape
+  if segments is not None:
+    mask = segments > 0 if mask is None else mask & (segments > 0)
   if mask is not None:
     mask = jnp.broadcast_to(mask, (B, T)).astype(bool)
   here = offset + jnp.arange(T)                                        # places of the queries
@@ -438,13 +466,17 @@ def framed(config, tokens, cache, offset, mask):
   distance = here[:, None] - jnp.arange(S)[None]                       # [T S]
   visible = jnp.broadcast_to(distance >= 0, (T, S)) if config.causal else jnp.ones((T, S), bool)
   visible = visible[None, None]
-  if known is not None:
+  if segments is not None:
+    own = segments[:, :, None] == segments[:, None]                    # [B T T]
+    visible = visible & own[:, None]
+    at = jnp.maximum(at - jnp.min(jnp.where(own, at[:, None], T), axis=2), 0)
+  elif known is not None:
     visible = visible & known[:, None, None, :]
   cos = sin = None
   if config.attention.ropes:
     turned = [rotation(rope, at, rotated_width(config)) for rope in config.attention.ropes]
     cos, sin = (jnp.stack(part) for part in zip(*turned))
-  return cache, Frame(mask, known, visible, distance, cos, sin, offset=offset), at
+  return cache, Frame(mask, known, visible, distance, cos, sin, offset=offset, segments=segments), at
 
 
 def crossed(cache, frame, cross, mask):

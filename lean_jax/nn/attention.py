@@ -65,10 +65,10 @@ class Attention(nn.Module):
     if slot is None:
       tap_attention(self, q, k, v, visible, scale=scale, softcap=o.softcap, bias=frame.bias)
     sinks = self.param('sinks', nn.initializers.zeros, (c.heads,)) if o.sinks else None
-    whole = (c.causal and slot is None and frame.mask is None and frame.bias is None
-             and layer.window is None and o.softcap is None and sinks is None)
+    whole = (frame.plain and c.causal and slot is None and layer.window is None
+             and o.softcap is None and sinks is None)
     if whole:
-      y = causal_attention(q, k, v, scale)
+      y = causal_attention(q, k, v, scale, frame.segments)
     else:
       held = Plain(grouped(k), grouped(v))
       if slot is not None and c.cache is not None:
