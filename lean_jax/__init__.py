@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     attach_lora,
     distill,
     evaluate,
+    finetune,
     generate,
     load,
     load_adapter,
@@ -38,12 +39,12 @@ if TYPE_CHECKING:
   )
   from lean_jax.evaluation.audit import audit
 
-_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'generate',
-        'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
+_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'finetune',
+        'generate', 'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
         'save_adapter', 'scan_layers', 'together', 'train', 'use')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
-           'attach_lora', 'audit', 'distill', 'evaluate', 'generate', 'load', 'load_adapter',
+           'attach_lora', 'audit', 'distill', 'evaluate', 'finetune', 'generate', 'load', 'load_adapter',
            'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers',
            'together', 'train', 'use']
 

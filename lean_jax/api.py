@@ -15,7 +15,7 @@ from lean_jax.adapters import ia3, several
 from lean_jax.adapters.lora import sides
 from lean_jax.adapters.peft import load_peft, save_peft
 from lean_jax.adapters.requantize import requantize as merged_again
-from lean_jax.calibration.quantize import MATRICES, quantize  # noqa: F401, of this interface
+from lean_jax.calibration.quantize import MATRICES, quantize
 from lean_jax.data.batches import Batches
 from lean_jax.data.packed import check_reads_text, packed_windows
 from lean_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -34,6 +34,7 @@ from lean_jax.models.segments import configured, converted
 from lean_jax.models.stack import StackConfig
 from lean_jax.objectives.forward import forward
 from lean_jax.quantization import mixed, rotation
+from lean_jax.training import finetune as tuning
 from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
@@ -409,6 +410,69 @@ def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3
   with packed_windows(data, 'train', model, window, field) as windows:
     params, _ = recipe.train(model.module, model.params, Batches(windows, batch, seed), steps=steps,
                              peak=peak, seed=seed, folder=workdir, **settings)
+  return dataclasses.replace(model, params=params)
+
+
+def finetune(model: Model, data, *, method: str = 'qlora',
+             adapter: Mapping[str, Any] | None = None, epochs: float = 3.,
+             steps: int | None = None, batch: int = 8, peak: float | None = None,
+             window: int | None = None, packing: bool | None = None, template: str | None = None,
+             seed: int = 0, workdir=None, **settings) -> Model:
+  """The model trained to answer as examples do; the loss is on the answers only.
+
+  Examples are conversations (`messages`), instructions (`instruction`, `input`, `output`) or texts
+  (`text`): see `data.examples`. Several share a row and do not see each other.
+
+  Args:
+    data: the path of a .jsonl file or of a folder of them, a list of records, or ExampleWindows.
+    method: of `training.finetune.TUNINGS`: 'qlora' rounds a float model to nf4-g64-dq first;
+      'lora', 'dora', 'vera', 'pissa', 'ia3', 'bitfit', 'full'.
+    adapter: settings of `attach`: rank, alpha, where, rules, dropout, ...
+    epochs: how often every example is seen; steps instead says how many steps there are.
+    batch: rows a step, as many as there are at most.
+    peak: the greatest learning rate; None is the method's usual one.
+    window: tokens a row; None is the model's context, at most 2048.
+    packing: whether examples share rows; None where the model can keep them apart.
+    template: of conversations, a name or Jinja; None is the tokenizer's.
+    workdir: where checkpoints and metrics go; the same call goes on from what is there.
+    settings: of `training.recipe.train`: warmup, weight_decay, b_ratio, hooks, mesh, ...
+
+  Raises:
+    InputError: data that cannot be used, with its line; or a method that does not fit the model.
+  """
+  windows = tuning.example_windows(model, data, window=window, packing=packing, template=template)
+  return follow(begin(model, method, adapter, seed), windows, method=method, epochs=epochs,
+                steps=steps, batch=batch, peak=peak, seed=seed, workdir=workdir, **settings)
+
+
+def begin(model: Model, method: str, adapter: Mapping[str, Any] | None = None,
+          seed: int = 0) -> Model:
+  """The model as `finetune` begins to train it: adapted, and rounded if the method says so."""
+  how = tuning.tuning(method, model.params)
+  if how.attach is None:
+    if adapter:
+      raise InputError(f'method {method!r} has no adapter, and settings of one are given: '
+                       f'{", ".join(adapter)}; leave them out')
+    return model
+  if method == 'qlora' and not tuning.is_rounded(model.params):
+    try:
+      model = quantize(model, tuning.QLORA)
+    except InputError as error:
+      raise InputError(f'qlora: {error}: lean.quantize the model first, and it is taken as it is'
+                       ) from error
+  return attach(model, how.attach, seed=seed, **{**how.settings, **(adapter or {})})
+
+
+def follow(model: Model, windows, *, method: str, epochs: float = 3., steps: int | None = None,
+           batch: int = 8, peak: float | None = None, seed: int = 0, workdir=None,
+           **settings) -> Model:
+  """The model that `begin` gave, trained on ExampleWindows; args as of `finetune`."""
+  how, batch = tuning.TUNINGS[method], min(batch, len(windows))
+  batches = Batches(windows, batch, seed)
+  params, _ = recipe.train(
+      model.module, model.params, batches, steps=steps or tuning.steps_of(windows, batch, epochs),
+      peak=how.peak if peak is None else peak, seed=seed, folder=workdir, trainable=how.trainable,
+      **settings)
   return dataclasses.replace(model, params=params)
 
 

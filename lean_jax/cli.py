@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 
-from lean_jax import console, shrink, tune
+from lean_jax import console, finetuning, shrink, tune
 from lean_jax.errors import InputError, LeanError, Preempted
 from lean_jax.version import __version__
 
@@ -72,6 +72,9 @@ def _parser():
   p = verb('quantize', _quantize, 'round the matrices of a model to few bits',
            'lean-jax quantize DIR OUT --scheme w4a16-g64 --method gptq --calibration stories.jsonl')
   shrink.add_arguments(p)
+  p = verb('finetune', _finetune, 'train a model, or adapters on it, on examples of answers',
+           'lean-jax finetune DIR --data chats.jsonl --method qlora --out ADAPTER')
+  finetuning.add_arguments(p)
   p = verb('tune', _tune, "tiles of a TPU's kernels, with no TPU; or the time of each form here",
            'lean-jax tune --device v5e --op int8_matmul --m 4096 --k 4096 --n 4096 --out v5e.json',
            folder=False)
@@ -173,6 +176,10 @@ def _generate(arguments, _):
 
 def _quantize(arguments, _):
   shrink.run(arguments, _console)
+
+
+def _finetune(arguments, _):
+  finetuning.run(arguments)
 
 
 def _tune(arguments, _):

@@ -70,7 +70,7 @@ def arranged(examples, window, *, packed=True):
 
   Args:
     examples: Examples.
-    window: T, tokens a row; without packing, of the longest at most.
+    window: tokens a row at most; T is what the fullest has.
     packed: whether several examples share a row, each put where it leaves the least room.
 
   Raises:
@@ -90,7 +90,7 @@ def arranged(examples, window, *, packed=True):
                      'tokens; give a longer window, or answers')
   lengths = np.array([len(e.ids) for e in kept])
   rows = _packed(lengths, window) if packed else [[k] for k in range(len(kept))]
-  T = window if packed else int(lengths.max())
+  T = max(int(lengths[some].sum()) for some in rows)
   ids, segments = np.zeros((len(rows), T), np.int32), np.zeros((len(rows), T), np.int32)
   labels = np.full((len(rows), T), -1, np.int32)
   for row, some in enumerate(rows):

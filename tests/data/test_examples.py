@@ -112,7 +112,8 @@ def test_files_that_hold_no_examples_are_refused(tokenizer, tmp_path):
     read_examples(tmp_path / 'b.jsonl', tokenizer)
   with pytest.raises(InputError, match='chat template'):
     read_examples([dict(messages=TALK)], tokenizer)
-  odd = '{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}?{% endif %}'
+  odd = ('{% for m in messages %}{{ m.content }}{% endfor %}'
+         '{% if add_generation_prompt %}?{% endif %}')
   with pytest.raises(InputError, match='record 0: the chat template does not begin turn 2'):
     read_examples([dict(messages=TALK)], tokenizer, odd)
 
