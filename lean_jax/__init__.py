@@ -44,9 +44,9 @@ _API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate'
         'save_adapter', 'scan_layers', 'together', 'train', 'use')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
-           'attach_lora', 'audit', 'distill', 'evaluate', 'finetune', 'generate', 'load', 'load_adapter',
-           'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers',
-           'together', 'train', 'use']
+           'attach_lora', 'audit', 'distill', 'evaluate', 'finetune', 'generate', 'load',
+           'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter',
+           'scan_layers', 'together', 'train', 'use']
 
 
 def __getattr__(name):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import methods, tree
-from lean_jax.adapters import ia3, several
+from lean_jax.adapters import beside, ia3, several
 from lean_jax.adapters.lora import sides
 from lean_jax.adapters.peft import load_peft, save_peft
 from lean_jax.adapters.requantize import requantize as merged_again
@@ -38,9 +38,10 @@ from lean_jax.training import finetune as tuning
 from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
+from lean_jax.weights.beside import refuse_beside
 from lean_jax.weights.prepared import refuse_prepared
 
-ADAPTERS = ('lora', 'dora', 'vera', 'pissa', 'ia3')
+ADAPTERS = ('lora', 'dora', 'vera', 'pissa', 'ia3', *beside.METHODS)
 FORMATS = ('lean', 'hf', 'gguf', *formats.FORMATS)
 
 
@@ -211,6 +212,8 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   if format not in FORMATS:
     raise InputError(f'no format {format!r}; there are: {", ".join(FORMATS)}')
   refuse_prepared(model.params)
+  if format != 'lean':
+    refuse_beside(model.params, f'written as {format}')
   if format == 'gguf':
     if extra:
       raise InputError('a GGUF file has no other files in it; leave extra out')
@@ -289,7 +292,9 @@ def attach(model: Model, method: str, *, where: str | None = None,
   """The model with adapters that train, its weights of whatever kind under them.
 
   Args:
-    method: 'lora', 'dora', 'vera', 'pissa' or 'ia3', of the file of that name in `adapters`.
+    method: 'lora', 'dora', 'vera', 'pissa' or 'ia3', of the file of that name in `adapters`; or of
+      `adapters.beside`, which have no `where` and no rules: bottlenecks 'houlsby', 'pfeiffer',
+      'parallel'; keys and values before every text, 'prefix' and 'p_tuning_v2'; 'prompt'.
     where: a regular expression on the weights' whole names; None is the matrices of all layers, or
       for 'ia3' its paper's places.
     rules: [(such an expression, settings)] of weights that are adapted otherwise: ('.*/down/.*',
@@ -302,6 +307,11 @@ def attach(model: Model, method: str, *, where: str | None = None,
   """
   if method not in ADAPTERS:
     raise InputError(f'no adapter {method!r}; there are: {", ".join(ADAPTERS)}')
+  if method in beside.METHODS:
+    if where is not None or rules:
+      raise InputError(f'{method!r} is on no weights; leave where and rules out')
+    return dataclasses.replace(model, params=beside.attached(
+        model.config, model.params, method, settings, jax.random.key(seed)))
   last = ia3.PLACES if method == 'ia3' and where is None and 'side' not in settings else (
       (where or MATRICES, {}),)
   steps = [dict(settings, **own, where=name, method=method) for name, own in (*rules, *last)]
@@ -314,7 +324,7 @@ def save_adapter(model: Model, folder, *, overwrite: bool = False):
   """Writes a model's adapters alone, as the PEFT library has them, to a new folder.
 
   `peft.PeftModel.from_pretrained(base, folder)` loads them: LoRA, DoRA, VeRA and IA3, of modules
-  that are one weight each. The base's fingerprint is recorded.
+  that are one weight each; a prefix, without the MLP that made it; a prompt. The base's fingerprint is recorded.
 
   Args:
     overwrite: whether adapters that are there may be replaced.
@@ -363,7 +373,7 @@ def use(model: Model, adapter: str | Sequence[str | None] | None) -> Model:
 
 
 def merge(model: Model) -> Model:
-  """The model with its adapters merged into dense weights."""
+  """The model with its adapters merged into dense weights; what stands beside them stays."""
   return _apply(model, dict(where='.*', method='merge'))
 
 
@@ -391,6 +401,7 @@ def rotate(model: Model, key) -> Model:
   Raises:
     InputError: norms or branches that no rotation passes through, or weights that are not floats.
   """
+  refuse_beside(model.params, 'rotated')
   config, params = rotation.rotate(model.config, model.params, key)
   return dataclasses.replace(model, config=config, params=params)
 

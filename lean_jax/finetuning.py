@@ -18,8 +18,8 @@ def add_arguments(parser):
        'with messages, or instruction, input and output, or text')
   flag('--out', required=True, metavar='OUT', help='a new folder: of an adapter for the PEFT '
        'library, or of a whole model where PEFT has no such adapter')
-  flag('--method', default='qlora', help='qlora, lora, dora, vera, pissa, ia3, bitfit, full '
-       '(%(default)s)')
+  flag('--method', default='qlora', help='qlora, lora, dora, vera, pissa, ia3; houlsby, pfeiffer, '
+       'parallel; prefix, p_tuning_v2, prompt; bitfit, full (%(default)s)')
   flag('--set', action='append', default=[], metavar='NAME=VALUE', help='a setting of the '
        'adapter: rank=16, alpha=32, dropout=0.05, scaling=rank_stabilised, where=.*/(q|v)/.*; '
        'again for more')
@@ -31,7 +31,8 @@ def add_arguments(parser):
   flag('--warmup', type=int, default=0, help='steps up to it (%(default)s)')
   flag('--no-packing', action='store_true', help='an example a row; else several, which do not '
        'see each other')
-  flag('--template', metavar='T', help="of conversations: a Jinja file, or a name (the model's own)")
+  flag('--template', metavar='T', help='of conversations: a Jinja file, or a '
+       "name (the model's own)")
   flag('--seed', type=int, default=0)
   flag('--json', action='store_true')
 

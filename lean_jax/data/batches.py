@@ -65,7 +65,7 @@ class Batches:
                                                    self.hosts)])
 
   def __getitem__(self, step) -> dict[str, np.ndarray]:
-    """What the windows' `batch` gives of so many rows: tokens, [batch / hosts, length] int32, ..."""
+    """What the windows' `batch` gives of [batch / hosts] rows: tokens, [rows, length] int32."""
     return self.windows.batch(self.rows(step))
 
 

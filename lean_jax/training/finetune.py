@@ -3,6 +3,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from lean_jax import tree
 from lean_jax.adapters.bitfit import BIASES
 from lean_jax.data.example_windows import ExampleWindows, arranged
@@ -10,6 +12,7 @@ from lean_jax.data.examples import read_examples
 from lean_jax.data.packed import check_reads_text
 from lean_jax.errors import InputError
 from lean_jax.weights import Adapter, Quantized, bare
+from lean_jax.weights.beside import is_beside
 
 QLORA = 'nf4-g64-dq'          # Dettmers et al. 2023 (arXiv:2305.14314), section 3
 
@@ -36,6 +39,9 @@ TUNINGS = dict(
     qlora=Tuning('lora', 2e-4, _LORA), lora=Tuning('lora', 2e-4, _LORA),
     dora=Tuning('dora', 2e-4, _LORA), vera=Tuning('vera', 4e-3, dict(rank=64)),
     pissa=Tuning('pissa', 2e-4, dict(rank=8)), ia3=Tuning('ia3', 3e-3),
+    houlsby=Tuning('houlsby', 1e-3), pfeiffer=Tuning('pfeiffer', 1e-3),
+    parallel=Tuning('parallel', 1e-3), prefix=Tuning('prefix', 1e-3),
+    p_tuning_v2=Tuning('p_tuning_v2', 1e-2), prompt=Tuning('prompt', 3e-2),
     bitfit=Tuning(None, 1e-3, trainable=BIASES), full=Tuning(None, 1e-5, trainable='.*'))
 
 
@@ -48,8 +54,8 @@ def tuning(method, params):
   """
   if method not in TUNINGS:
     raise InputError(f'no method {method!r}; there are: {", ".join(TUNINGS)}')
-  weights = tree.named_weights(params).values()
-  if any(isinstance(w, Adapter) for w in weights):
+  found = jax.tree.leaves(params, is_leaf=tree.is_weight)
+  if any(isinstance(w, Adapter) or is_beside(w) for w in found):
     raise InputError('the model has adapters already; merge them, or go on training them with '
                      'lean.train')
   if method == 'full' and is_rounded(params):

@@ -23,7 +23,8 @@ ULP = 2. ** -23
 def fresh(name, **change):
   hf = json.loads((CONFIGS / f'{name}.json').read_text()) | change
   module = family_of(hf).from_hf(hf).module
-  params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  ids = {k: jnp.zeros((1, 4), jnp.int32) for k in module.inputs}
+  params = jax.jit(module.init)(jax.random.key(0), **ids)['params']
   rng = np.random.default_rng(1)
   stir = lambda x: x + .05 * rng.normal(size=x.shape).astype(np.float32)
   return module, jax.tree.map(stir, params)
