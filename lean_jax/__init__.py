@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     allocate_bits,
     attach,
     attach_lora,
+    combine,
     distill,
     evaluate,
     finetune,
@@ -39,14 +40,14 @@ if TYPE_CHECKING:
   )
   from lean_jax.evaluation.audit import audit
 
-_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'finetune',
-        'generate', 'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
-        'save_adapter', 'scan_layers', 'together', 'train', 'use')
+_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'combine', 'distill', 'evaluate',
+        'finetune', 'generate', 'load', 'load_adapter', 'merge', 'quantize', 'requantize',
+        'rotate', 'save', 'save_adapter', 'scan_layers', 'together', 'train', 'use')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
-           'attach_lora', 'audit', 'distill', 'evaluate', 'finetune', 'generate', 'load',
-           'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter',
-           'scan_layers', 'together', 'train', 'use']
+           'attach_lora', 'audit', 'combine', 'distill', 'evaluate', 'finetune', 'generate',
+           'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
+           'save_adapter', 'scan_layers', 'together', 'train', 'use']
 
 
 def __getattr__(name):

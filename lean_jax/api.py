@@ -12,6 +12,7 @@ import numpy as np
 
 from lean_jax import methods, tree
 from lean_jax.adapters import beside, ia3, several
+from lean_jax.adapters.combine import combined
 from lean_jax.adapters.lora import sides
 from lean_jax.adapters.peft import load_peft, save_peft
 from lean_jax.adapters.requantize import requantize as merged_again
@@ -324,7 +325,8 @@ def save_adapter(model: Model, folder, *, overwrite: bool = False):
   """Writes a model's adapters alone, as the PEFT library has them, to a new folder.
 
   `peft.PeftModel.from_pretrained(base, folder)` loads them: LoRA, DoRA, VeRA and IA3, of modules
-  that are one weight each; a prefix, without the MLP that made it; a prompt. The base's fingerprint is recorded.
+  that are one weight each; a prefix, without the MLP that made it; a prompt. The base's fingerprint
+  is recorded.
 
   Args:
     overwrite: whether adapters that are there may be replaced.
@@ -350,12 +352,35 @@ def load_adapter(model: Model, folder) -> Model:
 def together(adapted: Mapping[str, Model]) -> Model:
   """One base with the LoRA adapters of several models over it, by name; the first is in use.
 
-  Memory is the base once, and the adapters, each of the largest rank. `use` switches.
+  Memory is the base once, and the adapters, each of the largest rank. `use` switches. A model that
+  has several already brings them along, by their own names.
 
   Raises:
-    InputError: none are given, adapters other than LoRA, or over another base.
+    InputError: none are given, two of one name, adapters other than LoRA, or over another base.
   """
   params = several.together({name: model.params for name, model in adapted.items()})
+  return dataclasses.replace(next(iter(adapted.values())), params=params)
+
+
+def combine(adapted: Mapping[str, Model], method: str = 'svd', *,
+            weights: Sequence[float] | Mapping[str, float] | None = None,
+            density: float | None = None, rank: int | None = None, seed: int = 0) -> Model:
+  """One base with one LoRA adapter that is made of those of several models.
+
+  Args:
+    method: 'cat' (exact: ranks add up), 'svd', 'linear', 'magnitude_prune', 'ties', 'dare_linear',
+      'dare_ties', and these with '_svd': see `adapters.combine`.
+    weights: one each, or {name: weight}; None is 1 / their count, or 1 for ties.
+    density: the part of the numbers that is kept, of methods that drop some.
+    rank: of the result, of 'svd'; None is the greatest of theirs.
+    seed: of what 'dare' drops.
+
+  Raises:
+    InputError: no such method or setting, ranks that differ for a method that works on factors,
+      other adapters than LoRA, or another base.
+  """
+  params = combined({name: model.params for name, model in adapted.items()}, method,
+                    weights=weights, density=density, rank=rank, key=jax.random.key(seed))
   return dataclasses.replace(next(iter(adapted.values())), params=params)
 
 

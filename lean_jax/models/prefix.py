@@ -1,4 +1,4 @@
-"""What stands before every text: keys and values of each layer, learned or made of a soft prompt."""
+"""What stands before every text: keys and values of each layer, learned or of a soft prompt."""
 import dataclasses
 
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def prefix_of(module, params):
     return None
   prefix = found.plain() if found is not None else of_prompt(module, params, params['prompt'])
   N, _, G, K = prefix.k.shape
-  if (N, G, K) != (config.layers, config.groups, config.head_width):
+  if (config.layers, config.groups, config.head_width) != (N, G, K):
     raise InputError(f'a prefix of {N} layers, {G} key heads of {K}; the model has '
                      f'{config.layers}, {config.groups} of {config.head_width}: attach it anew')
   return prefix
@@ -67,8 +67,8 @@ def check_takes_prefix(config, kind):
     raise InputError(f'a prefix is keys and values of attention, and {" and ".join(other)} layers '
                      'have none; use lora, or bottlenecks')
   if config.renewals:
-    raise InputError('a prefix before positions that turn otherwise past a length (LongRoPE) is not '
-                     'there; use lora, or bottlenecks')
+    raise InputError('no prefix stands before positions that turn otherwise past a length '
+                     '(LongRoPE); use lora, or bottlenecks')
   if kind is Prompt and not config.causal:
     raise InputError('a soft prompt before a model that sees all tokens at once depends on them; '
                      'use a prefix')

@@ -501,7 +501,7 @@ def framed(config, tokens, cache, offset, mask, segments=None, prefix=None):
   before = None
   if prefix is not None:
     P = prefix.length
-    if config.positions and P + T > config.positions:
+    if config.positions and config.positions < P + T:
       raise InputError(f'{T} tokens after a prefix of {P} are more than the {config.positions} '
                        'positions; give fewer')
     at = at + P

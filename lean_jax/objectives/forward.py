@@ -2,8 +2,8 @@
 
 A batch is a dict of arrays: `tokens` [B T], and as the model and the task want them `mask` [B T]
 (which tokens are real), `token_types` [B T], `segments` [B T] (which of a row's texts a token is
-of, 0 where of none), `decoder_tokens` [B U], `decoder_mask` [B U], and `labels`: [B T] or [B], the targets of
-each position or of each row, negative where none.
+of, 0 where of none), `decoder_tokens` [B U], `decoder_mask` [B U], and `labels`: [B T] or [B], the
+targets of each position or of each row, negative where none.
 """
 from typing import Any, NamedTuple
 

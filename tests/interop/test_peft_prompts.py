@@ -1,10 +1,12 @@
 """Prefixes and prompts in the PEFT library's files, and bottlenecks against hooks in PyTorch."""
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 import lean_jax as lean
+from lean_jax import tree
 from lean_jax.weights.beside import Prefix, Prompt
 from tests.adapters.stirring import stirred
 from tests.interop import rounding
@@ -35,7 +37,10 @@ def folders(tmp_path_factory):
   def one(family):
     if family not in made:
       made[family] = tmp_path_factory.mktemp('bases') / family
-      lean.save(rounding.floats(family, **CHANGES.get(family, {})), made[family], format='hf')
+      model = rounding.floats(family, **CHANGES.get(family, {}))
+      centre = lambda w: dataclasses.replace(w, value=w.value - 1)     # else all logits are alike
+      params = tree.transform(model.params, [('embed/.*|head/.*', centre)])
+      lean.save(dataclasses.replace(model, params=params), made[family], format='hf')
     return made[family]
   return one
 
@@ -66,7 +71,7 @@ def test_what_we_save_peft_loads_with_the_same_logits(folders, tmp_path, family,
   model = stirred(lean.attach(base, method, **BEFORE[method]), .3)
   lean.save_adapter(model, tmp_path / 'adapter')
   ours = np.asarray(model.logits(rounding.IDS))
-  assert np.abs(ours - np.asarray(base.logits(rounding.IDS))).max() > 1e-3 * np.abs(ours).max()
+  assert np.abs(ours - np.asarray(base.logits(rounding.IDS))).max() > .02 * np.abs(ours).max()
   there = peft.PeftModel.from_pretrained(theirs(folders(family)), tmp_path / 'adapter').eval()
   close(logits(there, 3 * (method == 'prompt')), ours)
   again = lean.load_adapter(base, tmp_path / 'adapter')
