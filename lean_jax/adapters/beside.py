@@ -119,7 +119,8 @@ def prompt(config, params, *, key, tokens=16):
   if config.embedding_width not in (None, config.width):
     raise InputError('a soft prompt for embeddings narrower than the model; use a prefix')
   ids = jax.random.randint(key, (tokens,), 0, config.vocabulary)
-  return {**params, 'prompt': Prompt(params['embed']['table'].take(ids).astype(jnp.float32))}
+  rows = params['embed']['table'].take(ids).astype(jnp.float32)
+  return {**params, 'prompt': Prompt(rows * config.embedding_scale)}
 
 
 def _check(config, params, tokens, kind):

@@ -408,21 +408,20 @@ class Stack(nn.Module):
 
   def cache_of(self, x):
     """What layers keep of a text by itself, as `empty_cache` has it; x [T D], its embeddings."""
-    T = len(x)
+    T, x = len(x), x.astype(self.config.dtype)
     cache, frame, at = framed(self.config, jnp.zeros((1, T), jnp.int32),
                               empty_cache(self.config, 1, T), 0, None)
     return self.through(self.placed(x[None], at), frame, cache)[1]['layers']
 
   def embedded(self, tokens, at, token_types=None):
     """Embeddings [B T D] of tokens [B T] at positions `at` [B or 1, T]."""
-    return self.placed(self.embed(tokens), at, token_types)
+    x, scale = self.embed(tokens), self.config.embedding_scale
+    x = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+    return self.placed(x, at, token_types)
 
   def placed(self, x, at, token_types=None):
-    """What `embedded` makes of rows x of the table."""
+    """What `embedded` makes of rows x of the table, scaled."""
     c = self.config
-    x = x.astype(c.dtype)
-    if c.embedding_scale != 1:
-      x = x * jnp.asarray(c.embedding_scale, x.dtype)
     if c.embedding_width not in (None, c.width):
       x = self.embed_in(x)
     if c.positions:

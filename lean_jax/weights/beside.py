@@ -111,7 +111,7 @@ class DeepPrefix(Beside):
 
 @pytree
 class Prompt(Beside):
-  """Embeddings of tokens that no text has, before every text.
+  """Embeddings of tokens that no text has, before every text, scaled where a model scales them.
 
   Lester et al. 2021 (arXiv:2104.08691), section 2.
   """

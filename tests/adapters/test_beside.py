@@ -1,5 +1,6 @@
 """What stands beside the weights: bottlenecks, prefixes and soft prompts."""
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,12 @@ from lean_jax import tree
 from lean_jax.adapters.trained import trained
 from lean_jax.models.encoder import EncoderConfig
 from lean_jax.models.prefix import settled
-from lean_jax.models.stack import empty_cache
+from lean_jax.models.stack import empty_cache, framed
 from lean_jax.objectives.forward import targets
 from lean_jax.objectives.language_modeling import next_token
 from lean_jax.weights.beside import Prefix
 from tests.adapters.stirring import stirred
-from tests.models.test_packing import fresh
+from tests.models.test_packing import CONFIGS, fresh
 
 TOKENS = np.random.default_rng(4).integers(3, 90, (2, 12))
 BOTTLENECKS = dict(houlsby=dict(rank=4), pfeiffer=dict(rank=4), parallel=dict(rank=4))
@@ -31,7 +32,7 @@ def model(name, tiny_model, **change):
 
 @pytest.fixture(scope='module')
 def llama(tiny_model):
-  return model('llama', tiny_model, vocab_size=280)
+  return model('llama', tiny_model, vocab_size=280, num_hidden_layers=1)
 
 
 def logits(m):
@@ -51,8 +52,8 @@ def test_a_bottleneck_starts_as_nothing_and_is_where_its_paper_has_it(llama, met
   np.testing.assert_allclose(logits(lean.scan_layers(made, False)), logits(made), atol=2e-5)
 
 
-@pytest.mark.parametrize('name', ['mamba', *(pytest.param(name, marks=pytest.mark.slow)
-                                             for name in ('jamba', 't5', 'deepseek_v3'))])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['mamba', 'jamba', 't5', 'deepseek_v3'])
 def test_other_kinds_of_layers_have_bottlenecks_too(tiny_model, name):
   base = model(name, tiny_model)
   made = stirred(lean.attach(base, 'houlsby', rank=2), .1)
@@ -71,11 +72,12 @@ def through_cache(m, params):
 
 
 @pytest.mark.parametrize(('name', 'method'), [
-    ('llama', 'prompt'), ('gemma2', 'prefix'), *(pytest.param(*pair, marks=pytest.mark.slow)
-    for pair in (('llama', 'prefix'), ('llama', 'p_tuning_v2'), ('gpt2', 'prompt'),
-                 ('gpt2', 'prefix'), ('gpt_oss', 'p_tuning_v2'), ('gemma2', 'prompt')))])
-def test_what_is_written_with_a_prefix_is_what_whole_texts_give(tiny_model, name, method):
-  base = model(name, tiny_model)
+    ('llama', 'prompt'), *(pytest.param(*pair, marks=pytest.mark.slow)
+    for pair in (('llama', 'prefix'), ('llama', 'p_tuning_v2'), ('gemma2', 'prefix'),
+                 ('gpt2', 'prompt'), ('gpt2', 'prefix'), ('gpt_oss', 'p_tuning_v2'),
+                 ('gemma2', 'prompt')))])
+def test_what_is_written_with_a_prefix_is_what_whole_texts_give(tiny_model, llama, name, method):
+  base = llama if name == 'llama' else model(name, tiny_model)
   m = stirred(lean.attach(base, method, **BEFORE[method]), .3)
   want = logits(m)
   assert np.abs(want - logits(base)).max() > .02
@@ -89,6 +91,7 @@ def test_what_is_written_with_a_prefix_is_what_whole_texts_give(tiny_model, name
   np.testing.assert_allclose(m.logits(padded, mask)[:, 3:], want, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_generation_with_a_prompt_is_greedy_by_whole_texts(tiny_model):
   m = stirred(lean.attach(tiny_model, 'prompt', tokens=3), .3)
   from lean_jax.generation.text import write
@@ -103,7 +106,8 @@ def test_generation_with_a_prompt_is_greedy_by_whole_texts(tiny_model):
     write(m, text, tokens=64 - len(m.tokenizer.encode(text)) - 3)
 
 
-@pytest.mark.parametrize('method', ['prompt', pytest.param('prefix', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['prompt', 'prefix'])
 def test_packed_texts_have_the_prefix_each_and_its_gradient(llama, method):
   m = stirred(lean.attach(llama, method, **BEFORE[method]), .3)
   train, rest = tree.split(m.params, trained(m.params))
@@ -123,18 +127,17 @@ def test_packed_texts_have_the_prefix_each_and_its_gradient(llama, method):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * most), got[1], want[1])
 
 
-def test_they_are_saved_loaded_and_left_alone_by_other_methods(llama, tmp_path):
-  m = stirred(lean.attach(lean.attach(lean.quantize(llama, 'w4a16-g16'), 'houlsby', rank=2),
-                          'p_tuning_v2', tokens=2), .1)
+def both(llama):
+  made = lean.attach(lean.attach(llama, 'houlsby', rank=2), 'p_tuning_v2', tokens=2)
+  return stirred(made, .1)
+
+
+def test_they_are_saved_and_loaded_and_what_would_lose_them_is_refused(llama, tmp_path):
+  m = both(llama)
   lean.save(m, tmp_path / 'm')
-  np.testing.assert_array_equal(logits(lean.load(tmp_path / 'm')), logits(m))
-  assert lean.load(tmp_path / 'm', scan_layers=False).config.scan_layers is False
-  both = lean.attach(m, 'lora', rank=2)
-  np.testing.assert_allclose(logits(both), logits(m), atol=1e-5)
-  np.testing.assert_allclose(logits(lean.merge(both)), logits(m), atol=1e-4)
-  names = trained(both.params)
-  assert {'prefix/k', 'layers/mixer_adapter/down', 'layers/mlp/up/kernel/a'} <= set(
-      names.replace('\\', '').split('|'))
+  again = lean.load(tmp_path / 'm')
+  assert jax.tree.structure(again.params) == jax.tree.structure(m.params)
+  jax.tree.map(np.testing.assert_array_equal, again.params, m.params)
   for bad in (lambda: lean.save(m, tmp_path / 'hf', format='hf'),
               lambda: lean.rotate(m, jax.random.key(0)),
               lambda: lean.distill(m, [], keep=1, steps=1)):
@@ -144,6 +147,19 @@ def test_they_are_saved_loaded_and_left_alone_by_other_methods(llama, tmp_path):
     lean.save_adapter(m, tmp_path / 'a')
 
 
+@pytest.mark.slow
+def test_other_methods_leave_them_alone(llama):
+  m = both(lean.quantize(llama, 'w4a16-g16'))
+  lora = lean.attach_lora(m, rank=2)
+  np.testing.assert_allclose(logits(lora), logits(m), atol=1e-5)
+  np.testing.assert_allclose(logits(lean.merge(lora)), logits(m), atol=1e-4)
+  assert {'prefix/k', 'layers/mixer_adapter/down', 'layers/mlp/up/kernel/a'} <= set(
+      trained(lora.params).replace('\\', '').split('|'))
+  rounded = lean.quantize(both(llama), 'w8a16')
+  assert isinstance(rounded.params['prefix'], Prefix)
+
+
+@pytest.mark.slow
 def test_a_prefix_before_an_encoder_changes_every_token(tiny_model):
   config = EncoderConfig(vocabulary=40, width=16, layers=2, heads=4, groups=2, head_width=8,
                          hidden=24, context=32)
@@ -157,23 +173,40 @@ def test_a_prefix_before_an_encoder_changes_every_token(tiny_model):
     lean.attach(base, 'prompt')
 
 
-def test_what_cannot_stand_there_is_refused(llama, tiny_model):
-  for make, said in (
-      (lambda: lean.attach(llama, 'houlsby', rank=33), 'bottlenecks of 33; give 1 to 32'),
-      (lambda: lean.attach(llama, 'houlsby', activation='sine'), "no activation 'sine'"),
-      (lambda: lean.attach(llama, 'houlsby', alpha=2.), "no setting 'alpha'"),
-      (lambda: lean.attach(llama, 'prefix', where='layers/.*'), 'is on no weights'),
-      (lambda: lean.attach(llama, 'prompt', tokens=0), '0 tokens before'),
-      (lambda: lean.attach(llama, 'prefix', hidden=0), 'an MLP of 0'),
-      (lambda: lean.attach(lean.attach(llama, 'prompt'), 'prefix'), 'prompt already'),
-      (lambda: lean.attach(model('mamba', tiny_model), 'prefix'), 'mamba layers have none'),
-      (lambda: lean.attach(model('mamba', tiny_model), 'pfeiffer', rank=2), 'no layer has'),
-      (lambda: lean.attach(model('t5', tiny_model), 'prompt'), 'encoder and a decoder'),
-      (lambda: lean.attach(model('gpt2', tiny_model), 'p_tuning_v2', tokens=60).logits(TOKENS),
-       'more than the 64 positions')):
-    with pytest.raises(lean.InputError, match=said):
-      make()
-  odd = lean.attach(llama, 'p_tuning_v2', tokens=2)
-  short = dataclasses.replace(odd.params['prefix'], k=odd.params['prefix'].k[:1])
-  with pytest.raises(lean.InputError, match='a prefix of 1 layers'):
-    logits(dataclasses.replace(odd, params=odd.params | dict(prefix=short)))
+def bare(name):
+  """A model of a family without parameters: enough for what looks at its config."""
+  hf = json.loads((CONFIGS / f'{name}.json').read_text())
+  if name == 'phi3':
+    factors = [1.] * 4
+    hf |= dict(original_max_position_embeddings=32, rope_parameters=dict(
+        rope_type='longrope', rope_theta=1e4, short_factor=factors, long_factor=factors))
+  family = lean.api.family_of(hf)
+  return lean.Model(family, family.from_hf(hf), dict(layers={}), None)
+
+
+@pytest.mark.parametrize(('name', 'method', 'settings', 'said'), [
+    ('llama', 'houlsby', dict(rank=33), 'bottlenecks of 33; give 1 to 32'),
+    ('llama', 'houlsby', dict(activation='sine'), "no activation 'sine'"),
+    ('llama', 'houlsby', dict(alpha=2.), "no setting 'alpha'"),
+    ('llama', 'prefix', dict(where='layers/.*'), 'is on no weights'),
+    ('llama', 'prompt', dict(tokens=0), '0 tokens before'),
+    ('llama', 'prefix', dict(hidden=0), 'an MLP of 0'),
+    ('mamba', 'prefix', {}, 'mamba layers have none'), ('mamba', 'pfeiffer', dict(rank=2),
+                                                        'no layer has'),
+    ('t5', 'prompt', {}, 'encoder and a decoder'), ('bert', 'prompt', {}, 'depends on them'),
+    ('phi3', 'p_tuning_v2', {}, 'LongRoPE')])
+def test_what_cannot_stand_there_is_refused(name, method, settings, said):
+  with pytest.raises(lean.InputError, match=said):
+    lean.attach(bare(name), method, **settings)
+
+
+def test_a_prefix_that_does_not_fit_is_refused(llama):
+  with pytest.raises(lean.InputError, match='prompt already'):
+    lean.attach(lean.attach(llama, 'prompt'), 'prefix')
+  m = lean.attach(llama, 'p_tuning_v2', tokens=2)
+  short = dataclasses.replace(m.params['prefix'], k=m.params['prefix'].k[..., :1])
+  with pytest.raises(lean.InputError, match='a prefix of 1 layers, 2 key heads of 1; the model'):
+    logits(dataclasses.replace(m, params=m.params | dict(prefix=short)))
+  with pytest.raises(lean.InputError, match='12 tokens after a prefix of 2 are more than the 13'):
+    framed(dataclasses.replace(llama.config, positions=13), TOKENS, None, 0, None,
+           prefix=m.params['prefix'])

@@ -60,6 +60,7 @@ def test_dare_keeps_the_mean():
   np.testing.assert_allclose(np.unique(np.round(draws[:, 0, 0], 5)), [-4, 0])
 
 
+@pytest.mark.slow
 def test_dare_follows_the_seed(adapted):
   one = lean.combine(adapted, 'dare_linear_svd', density=.5)
   again = lean.combine(adapted, 'dare_linear_svd', density=.5)
@@ -89,7 +90,8 @@ def test_adapters_that_do_not_combine_are_refused(tiny_model, adapted):
     lean.combine(dict(adapted, other=lean.attach(base, 'ia3')))
 
 
-def test_more_are_put_to_several_and_names_must_differ(tiny_model, adapted):
+@pytest.mark.slow
+def test_more_are_put_to_several(tiny_model, adapted):
   both = lean.together(adapted)
   base = lean.quantize(tiny_model, 'w4a16-g16')
   third = stirred(lean.attach_lora(base, rank=1, seed=2, **WHERE), .2)
@@ -98,5 +100,10 @@ def test_more_are_put_to_several_and_names_must_differ(tiny_model, adapted):
   for name, model in dict(adapted, three=third).items():
     np.testing.assert_allclose(lean.use(whole, name).logits(tokens), model.logits(tokens),
                                atol=1e-4)
+
+
+def test_two_adapters_of_one_name_are_refused(adapted):
+  both = lean.together(adapted)
+  assert both.params['layers']['mlp']['down']['kernel'].adapters == ('one', 'two')
   with pytest.raises(lean.InputError, match="two adapters are named 'two'"):
-    lean.together(dict(both=both, two=third))
+    lean.together(dict(both=both, two=adapted['two']))

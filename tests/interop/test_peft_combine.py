@@ -53,7 +53,8 @@ def by_value(x, density, floor):
   return x * (abs(x) * 1e4 - floor(abs(x) * 1e4) < density) / density
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [pytest.param(kind, marks=[] if kind in (
+    'svd', 'ties', 'dare_linear') else pytest.mark.slow) for kind in KINDS])
 @pytest.mark.parametrize('weights', [[.7, .4], pytest.param([1.2, -.5], marks=pytest.mark.slow)])
 def test_it_is_the_weighted_adapter_of_peft(adapted, theirs, monkeypatch, kind, weights):
   if kind.startswith('dare'):

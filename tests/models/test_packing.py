@@ -10,7 +10,9 @@ import pytest
 from lean_jax.data.example_windows import arranged
 from lean_jax.data.examples import Example
 from lean_jax.errors import InputError
+from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.families import family_of
+from lean_jax.models.stack import check_segments
 from lean_jax.objectives.forward import forward, targets
 from lean_jax.objectives.language_modeling import next_token
 
@@ -47,10 +49,12 @@ def gradient_of(module, params):
   return lambda batch: run(params, batch)
 
 
-@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gemma2', 'mixtral', *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ('deepseek_v3', 'gpt_oss', 'opt'))])
+@pytest.mark.parametrize('name', ['llama', 'gpt2', *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ('gemma2', 'mixtral', 'deepseek_v3', 'gpt_oss', 'opt'))])
 def test_a_packed_batch_has_the_loss_and_gradients_of_the_examples_one_by_one(name):
-  module, params = fresh(name)
+  fewer = dict(llama=dict(num_hidden_layers=1), gpt2=dict(n_layer=1)).get(name, {})
+  module, params = fresh(name, **fewer)
   run = gradient_of(module, params)
   packed, alone = (arranged(examples(), 64, packed=packed) for packed in (True, False))
   assert packed.examples == 5 and len(packed) == 3 and packed.segments.max() == 2
@@ -74,7 +78,7 @@ def test_the_losses_of_a_router_are_those_of_padded_rows():
 
 
 def test_no_gradient_goes_from_one_text_of_a_row_to_another():
-  module, params = fresh('llama')
+  module, params = fresh('llama', num_hidden_layers=1)
   tokens = np.random.default_rng(2).integers(3, 90, (1, 64))
   segments = np.repeat([1, 2, 0], [30, 24, 10])[None]
   run = jax.jit(lambda tokens: forward(module, params, dict(tokens=tokens, segments=segments))[0])
@@ -87,9 +91,10 @@ def test_no_gradient_goes_from_one_text_of_a_row_to_another():
   np.testing.assert_array_equal(wanted[0, :29], tokens[0, 1:30])
 
 
-@pytest.mark.parametrize('name', ['mamba', 'lean_lstm'])
+@pytest.mark.parametrize('name', ['mamba', 'lean_lstm', 'jamba'])
 def test_a_model_with_a_state_refuses_segments(name):
-  module, params = fresh(name)
-  batch = dict(tokens=np.ones((1, 8), np.int32), segments=np.ones((1, 8), np.int32))
+  hf = json.loads((CONFIGS / f'{name}.json').read_text())
   with pytest.raises(InputError, match=r'carry a state .* padded'):
-    forward(module, params, batch)
+    check_segments(family_of(hf).from_hf(hf), None)
+  with pytest.raises(InputError, match='segments with a cache'):
+    check_segments(DecoderConfig(vocabulary=8, width=8, layers=1, context=8), {})
