@@ -177,7 +177,7 @@ def bare(name):
   """A model of a family without parameters: enough for what looks at its config."""
   hf = json.loads((CONFIGS / f'{name}.json').read_text())
   if name == 'phi3':
-    factors = [1.] * 4
+    factors = [1.] * 8
     hf |= dict(original_max_position_embeddings=32, rope_parameters=dict(
         rope_type='longrope', rope_theta=1e4, short_factor=factors, long_factor=factors))
   family = lean.api.family_of(hf)
