@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     attach,
     attach_lora,
     cache_teacher,
+    combine,
     completions,
     cut,
     distill,
     evaluate,
+    finetune,
     generate,
     load,
     load_adapter,
@@ -42,15 +44,16 @@ if TYPE_CHECKING:
   )
   from lean_jax.evaluation.audit import audit
 
-_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'cache_teacher', 'completions', 'cut',
-        'distill', 'evaluate', 'generate', 'load', 'load_adapter', 'merge', 'quantize',
-        'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers', 'together', 'train', 'use',
-        'write_data')
+_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'cache_teacher', 'combine',
+        'completions', 'cut', 'distill', 'evaluate', 'finetune', 'generate', 'load', 'load_adapter',
+        'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers',
+        'together', 'train', 'use', 'write_data')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
-           'attach_lora', 'audit', 'cache_teacher', 'completions', 'cut', 'distill', 'evaluate',
-           'generate', 'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
-           'save_adapter', 'scan_layers', 'together', 'train', 'use', 'write_data']
+           'attach_lora', 'audit', 'cache_teacher', 'combine', 'completions', 'cut', 'distill',
+           'evaluate', 'finetune', 'generate', 'load', 'load_adapter', 'merge', 'quantize',
+           'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers', 'together', 'train',
+           'use', 'write_data']
 
 
 def __getattr__(name):

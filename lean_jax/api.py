@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import methods, tree
-from lean_jax.adapters import ia3, several
+from lean_jax.adapters import beside, ia3, several
+from lean_jax.adapters.combine import combined
 from lean_jax.adapters.lora import sides
 from lean_jax.adapters.peft import load_peft, save_peft
 from lean_jax.adapters.requantize import requantize as merged_again
-from lean_jax.calibration.quantize import MATRICES, quantize  # noqa: F401, of this interface
+from lean_jax.calibration.quantize import MATRICES, quantize
 from lean_jax.calibration.text import of_windows
 from lean_jax.data.batches import Batches
 from lean_jax.data.packed import check_reads_text, packed_windows
@@ -49,12 +50,14 @@ from lean_jax.models.stack import StackConfig
 from lean_jax.objectives.forward import forward
 from lean_jax.quantization import mixed, rotation
 from lean_jax.report.progress import Bars
+from lean_jax.training import finetune as tuning
 from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
+from lean_jax.weights.beside import refuse_beside
 from lean_jax.weights.prepared import refuse_prepared
 
-ADAPTERS = ('lora', 'dora', 'vera', 'pissa', 'ia3')
+ADAPTERS = ('lora', 'dora', 'vera', 'pissa', 'ia3', *beside.METHODS)
 FORMATS = ('lean', 'hf', 'gguf', *formats.FORMATS)
 STARTS = ('alternating', 'importance', 'random')       # of a student
 
@@ -226,6 +229,8 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   if format not in FORMATS:
     raise InputError(f'no format {format!r}; there are: {", ".join(FORMATS)}')
   refuse_prepared(model.params)
+  if format != 'lean':
+    refuse_beside(model.params, f'written as {format}')
   if format == 'gguf':
     if extra:
       raise InputError('a GGUF file has no other files in it; leave extra out')
@@ -304,7 +309,9 @@ def attach(model: Model, method: str, *, where: str | None = None,
   """The model with adapters that train, its weights of whatever kind under them.
 
   Args:
-    method: 'lora', 'dora', 'vera', 'pissa' or 'ia3', of the file of that name in `adapters`.
+    method: 'lora', 'dora', 'vera', 'pissa' or 'ia3', of the file of that name in `adapters`; or of
+      `adapters.beside`, which have no `where` and no rules: bottlenecks 'houlsby', 'pfeiffer',
+      'parallel'; keys and values before every text, 'prefix' and 'p_tuning_v2'; 'prompt'.
     where: a regular expression on the weights' whole names; None is the matrices of all layers, or
       for 'ia3' its paper's places.
     rules: [(such an expression, settings)] of weights that are adapted otherwise: ('.*/down/.*',
@@ -317,6 +324,11 @@ def attach(model: Model, method: str, *, where: str | None = None,
   """
   if method not in ADAPTERS:
     raise InputError(f'no adapter {method!r}; there are: {", ".join(ADAPTERS)}')
+  if method in beside.METHODS:
+    if where is not None or rules:
+      raise InputError(f'{method!r} is on no weights; leave where and rules out')
+    return dataclasses.replace(model, params=beside.attached(
+        model.config, model.params, method, settings, jax.random.key(seed)))
   last = ia3.PLACES if method == 'ia3' and where is None and 'side' not in settings else (
       (where or MATRICES, {}),)
   steps = [dict(settings, **own, where=name, method=method) for name, own in (*rules, *last)]
@@ -329,7 +341,8 @@ def save_adapter(model: Model, folder, *, overwrite: bool = False):
   """Writes a model's adapters alone, as the PEFT library has them, to a new folder.
 
   `peft.PeftModel.from_pretrained(base, folder)` loads them: LoRA, DoRA, VeRA and IA3, of modules
-  that are one weight each. The base's fingerprint is recorded.
+  that are one weight each; a prefix, without the MLP that made it; a prompt. The base's fingerprint
+  is recorded.
 
   Args:
     overwrite: whether adapters that are there may be replaced.
@@ -355,12 +368,35 @@ def load_adapter(model: Model, folder) -> Model:
 def together(adapted: Mapping[str, Model]) -> Model:
   """One base with the LoRA adapters of several models over it, by name; the first is in use.
 
-  Memory is the base once, and the adapters, each of the largest rank. `use` switches.
+  Memory is the base once, and the adapters, each of the largest rank. `use` switches. A model that
+  has several already brings them along, by their own names.
 
   Raises:
-    InputError: none are given, adapters other than LoRA, or over another base.
+    InputError: none are given, two of one name, adapters other than LoRA, or over another base.
   """
   params = several.together({name: model.params for name, model in adapted.items()})
+  return dataclasses.replace(next(iter(adapted.values())), params=params)
+
+
+def combine(adapted: Mapping[str, Model], method: str = 'svd', *,
+            weights: Sequence[float] | Mapping[str, float] | None = None,
+            density: float | None = None, rank: int | None = None, seed: int = 0) -> Model:
+  """One base with one LoRA adapter that is made of those of several models.
+
+  Args:
+    method: 'cat' (exact: ranks add up), 'svd', 'linear', 'magnitude_prune', 'ties', 'dare_linear',
+      'dare_ties', and these with '_svd': see `adapters.combine`.
+    weights: one each, or {name: weight}; None is 1 / their count, or 1 for ties.
+    density: the part of the numbers that is kept, of methods that drop some.
+    rank: of the result, of 'svd'; None is the greatest of theirs.
+    seed: of what 'dare' drops.
+
+  Raises:
+    InputError: no such method or setting, ranks that differ for a method that works on factors,
+      other adapters than LoRA, or another base.
+  """
+  params = combined({name: model.params for name, model in adapted.items()}, method,
+                    weights=weights, density=density, rank=rank, key=jax.random.key(seed))
   return dataclasses.replace(next(iter(adapted.values())), params=params)
 
 
@@ -378,7 +414,7 @@ def use(model: Model, adapter: str | Sequence[str | None] | None) -> Model:
 
 
 def merge(model: Model) -> Model:
-  """The model with its adapters merged into dense weights."""
+  """The model with its adapters merged into dense weights; what stands beside them stays."""
   return _apply(model, dict(where='.*', method='merge'))
 
 
@@ -406,6 +442,7 @@ def rotate(model: Model, key) -> Model:
   Raises:
     InputError: norms or branches that no rotation passes through, or weights that are not floats.
   """
+  refuse_beside(model.params, 'rotated')
   config, params = rotation.rotate(model.config, model.params, key)
   return dataclasses.replace(model, config=config, params=params)
 
@@ -427,6 +464,69 @@ def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3
   with _batches(model, data, batch, seed, window, field, cache) as batches:
     params, _ = recipe.train(model.module, model.params, batches, steps=steps, peak=peak, seed=seed,
                              folder=workdir, cached=cache is not None, **settings)
+  return dataclasses.replace(model, params=params)
+
+
+def finetune(model: Model, data, *, method: str = 'qlora',
+             adapter: Mapping[str, Any] | None = None, epochs: float = 3.,
+             steps: int | None = None, batch: int = 8, peak: float | None = None,
+             window: int | None = None, packing: bool | None = None, template: str | None = None,
+             seed: int = 0, workdir=None, **settings) -> Model:
+  """The model trained to answer as examples do; the loss is on the answers only.
+
+  Examples are conversations (`messages`), instructions (`instruction`, `input`, `output`) or texts
+  (`text`): see `data.examples`. Several share a row and do not see each other.
+
+  Args:
+    data: the path of a .jsonl file or of a folder of them, a list of records, or ExampleWindows.
+    method: of `training.finetune.TUNINGS`: 'qlora' rounds a float model to nf4-g64-dq first;
+      'lora', 'dora', 'vera', 'pissa', 'ia3', 'bitfit', 'full'.
+    adapter: settings of `attach`: rank, alpha, where, rules, dropout, ...
+    epochs: how often every example is seen; steps instead says how many steps there are.
+    batch: rows a step, as many as there are at most.
+    peak: the greatest learning rate; None is the method's usual one.
+    window: tokens a row; None is the model's context, at most 2048.
+    packing: whether examples share rows; None where the model can keep them apart.
+    template: of conversations, a name or Jinja; None is the tokenizer's.
+    workdir: where checkpoints and metrics go; the same call goes on from what is there.
+    settings: of `training.recipe.train`: warmup, weight_decay, b_ratio, hooks, mesh, ...
+
+  Raises:
+    InputError: data that cannot be used, with its line; or a method that does not fit the model.
+  """
+  windows = tuning.example_windows(model, data, window=window, packing=packing, template=template)
+  return follow(begin(model, method, adapter, seed), windows, method=method, epochs=epochs,
+                steps=steps, batch=batch, peak=peak, seed=seed, workdir=workdir, **settings)
+
+
+def begin(model: Model, method: str, adapter: Mapping[str, Any] | None = None,
+          seed: int = 0) -> Model:
+  """The model as `finetune` begins to train it: adapted, and rounded if the method says so."""
+  how = tuning.tuning(method, model.params)
+  if how.attach is None:
+    if adapter:
+      raise InputError(f'method {method!r} has no adapter, and settings of one are given: '
+                       f'{", ".join(adapter)}; leave them out')
+    return model
+  if method == 'qlora' and not tuning.is_rounded(model.params):
+    try:
+      model = quantize(model, tuning.QLORA)
+    except InputError as error:
+      raise InputError(f'qlora: {error}: lean.quantize the model first, and it is taken as it is'
+                       ) from error
+  return attach(model, how.attach, seed=seed, **{**how.settings, **(adapter or {})})
+
+
+def follow(model: Model, windows, *, method: str, epochs: float = 3., steps: int | None = None,
+           batch: int = 8, peak: float | None = None, seed: int = 0, workdir=None,
+           **settings) -> Model:
+  """The model that `begin` gave, trained on ExampleWindows; args as of `finetune`."""
+  how, batch = tuning.TUNINGS[method], min(batch, len(windows))
+  batches = Batches(windows, batch, seed)
+  params, _ = recipe.train(
+      model.module, model.params, batches, steps=steps or tuning.steps_of(windows, batch, epochs),
+      peak=how.peak if peak is None else peak, seed=seed, folder=workdir, trainable=how.trainable,
+      **settings)
   return dataclasses.replace(model, params=params)
 
 

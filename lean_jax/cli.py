@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 
-from lean_jax import console, shrink, tune
+from lean_jax import console, finetuning, shrink, tune
 from lean_jax.errors import InputError, LeanError, Preempted
 from lean_jax.version import __version__
 
@@ -81,6 +81,9 @@ def _parser():
   p.add_argument('--k', type=int, default=64, help='tokens of a position (%(default)s)')
   p.add_argument('--window', type=int, help="tokens a window (the model's context, at most 512)")
   p.add_argument('--batch', type=int, default=8, help='windows at a time (%(default)s)')
+  p = verb('finetune', _finetune, 'train a model, or adapters on it, on examples of answers',
+           'lean-jax finetune DIR --data chats.jsonl --method qlora --out ADAPTER')
+  finetuning.add_arguments(p)
   p = verb('tune', _tune, "tiles of a TPU's kernels, with no TPU; or the time of each form here",
            'lean-jax tune --device v5e --op int8_matmul --m 4096 --k 4096 --n 4096 --out v5e.json',
            folder=False)
@@ -189,6 +192,10 @@ def _cache_teacher(arguments, _):
   a = arguments
   api.cache_teacher(api.load(a.folder), a.data, a.out, k=a.k, window=a.window, field=a.field,
                     batch=a.batch)
+
+
+def _finetune(arguments, _):
+  finetuning.run(arguments)
 
 
 def _tune(arguments, _):

@@ -17,6 +17,7 @@ SETTINGS = ('tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_pena
 def add_arguments(parser):
   """The settings of `text.write`, as flags."""
   flag = parser.add_argument
+  flag('--adapter', metavar='A', help='a folder of lean-jax finetune or of the PEFT library')
   flag('--prompt', help='a text; with --chat what the user says, without it a conversation on the '
        'console, a line each')
   flag('--chat', action='store_true', help="by the model's chat template")
@@ -63,6 +64,8 @@ def run(arguments):
     raise InputError('a conversation has one answer at a time; give a --prompt, or leave --n and '
                      '--beams out')
   model = lean.load(arguments.folder)
+  if arguments.adapter is not None:
+    model = lean.load_adapter(model, arguments.adapter)
   settings['draft'] = None if arguments.draft is None else lean.load(arguments.draft)
   before = [] if arguments.system is None else [dict(role='system', content=arguments.system)]
   if arguments.prompt is None:

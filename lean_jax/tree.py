@@ -7,6 +7,7 @@ import jax
 
 from lean_jax.errors import InputError
 from lean_jax.weights import Weight
+from lean_jax.weights.beside import is_beside
 
 
 def is_weight(x):
@@ -20,9 +21,9 @@ def name(path):
 
 
 def named_weights(params):
-  """{name: weight} of all weights, in the tree's order."""
+  """{name: weight} of all weights that the model multiplies by, in the tree's order."""
   leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
-  return {name(path): w for path, w in leaves if is_weight(w)}
+  return {name(path): w for path, w in leaves if is_weight(w) and not is_beside(w)}
 
 
 def named_arrays(params):

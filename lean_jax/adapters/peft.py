@@ -3,7 +3,8 @@
 A tensor is 'base_model.model.' + a module of the Hugging Face model + what it is: lora_A.weight
 [R I] and lora_B.weight [O R] (of an embedding lora_embedding_A [R V] and lora_embedding_B [D R]),
 lora_magnitude_vector [O], ia3_l [O 1] or [1 I], vera_lambda_d [R] and vera_lambda_b [O]; VeRA's
-shared matrices are base_model.vera_A [R I] and base_model.vera_B [O R].
+shared matrices are base_model.vera_A [R I] and base_model.vera_B [O R]. Prefixes and prompts are in
+`peft_prompts`.
 """
 import contextlib
 import hashlib
@@ -19,15 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import tree
+from lean_jax.adapters import peft_prompts
 from lean_jax.adapters.lora import SCALINGS, sides
 from lean_jax.errors import InputError
 from lean_jax.files import occupied, replace_folder
 from lean_jax.interop import shards, tensors
 from lean_jax.interop.hf import leaves
 from lean_jax.interop.names import pieces, place
+from lean_jax.models.prefix import check_takes_prefix
 from lean_jax.models.segments import taken
 from lean_jax.training.digest import fingerprint
-from lean_jax.weights import Adapter, LowRank, Magnitude, Scaled, Vectors, bare
+from lean_jax.weights import Adapter, Bottleneck, LowRank, Magnitude, Prompt, Scaled, Vectors, bare
+from lean_jax.weights.beside import is_beside, without_beside
 from lean_jax.weights.prepared import refuse_prepared
 
 CONFIG, TENSORS, BASE = 'adapter_config.json', 'adapter_model.safetensors', 'lean_jax_base'
@@ -60,26 +64,21 @@ def save_peft(folder, family, config, params, *, overwrite=False):
   folder = pathlib.Path(folder)
   if overwrite and occupied(folder) and not (folder / CONFIG).exists():
     raise InputError(f'{folder} holds no adapter, so it is not overwritten; name another')
-  modules = {}
-  for path, w in tree.named_weights(params).items():
-    if isinstance(w, Adapter):
-      _, layers = place(config, path)
-      for module, k in _modules(family, config, path, w):
-        modules[module] = taken(w, k) if isinstance(layers, tuple) else w
-  if not modules:
-    raise InputError('no weight has an adapter to save; attach and train one first')
-  forms = {_form(w) for w in modules.values()}
-  if len(forms) > 1 or None in forms:
-    kinds = sorted({type(w).__name__ for w in modules.values()})
-    raise InputError(f'PEFT files have adapters of one kind, LoRA, DoRA, VeRA or IA3, on a weight '
-                     f'each; these are {", ".join(kinds)}, or adapters upon adapters')
-  form, = forms
-  settings, arrays = _WRITERS[form](modules)
-  named = _named(modules, _all_modules(family, config, params))
-  settings = dict(peft_type=form, base_model_name_or_path=None, task_type=None, revision=None,
-                  inference_mode=True, target_modules=named(modules)) | settings
-  if form == 'IA3':
-    settings['feedforward_modules'] = named([m for m, w in modules.items() if w.side == 'i'])
+  form, places = _written(family, config, params)
+  common = dict(peft_type=form, base_model_name_or_path=None, task_type=None, revision=None,
+                inference_mode=True)
+  if form == 'PROMPT':
+    settings, arrays = peft_prompts.written(config, places)
+  else:
+    weights = tree.named_weights(params)
+    modules = {module: weights[path] if k is None else taken(weights[path], k)
+               for module, (path, k) in places.items()}
+    settings, arrays = _WRITERS[form](modules)
+    named = _named(modules, _all_modules(family, config, params))
+    settings = dict(target_modules=named(modules)) | settings
+    if form == 'IA3':
+      settings['feedforward_modules'] = named([m for m, w in modules.items() if w.side == 'i'])
+  settings = common | settings
   arrays = {name: np.asarray(x) for name, x in arrays.items()}
   with replace_folder(folder, overwrite=overwrite) as new:
     (new / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + '\n',
@@ -88,12 +87,50 @@ def save_peft(folder, family, config, params, *, overwrite=False):
                       arrays.__getitem__, **{BASE: base_fingerprint(config, params)})
 
 
+def refusal(family, config, params):
+  """Why PEFT files have no words for the adapters of a model, in a sentence; None where they do."""
+  try:
+    _written(family, config, params)
+  except InputError as error:
+    return str(error)
+  return None
+
+
+def _written(family, config, params):
+  """The peft_type of a model's adapters, and {module: (the weight, where along its layers)}.
+
+  Of a prefix or a prompt it is 'PROMPT', and that.
+
+  Raises:
+    InputError: there are none, or some that the files have no words for.
+  """
+  adapted = {path: w for path, w in tree.named_weights(params).items() if isinstance(w, Adapter)}
+  beside = [x for _, x in leaves(params) if is_beside(x)]
+  if len(beside) == 1 and not adapted and not isinstance(beside[0], Bottleneck):
+    return 'PROMPT', beside[0]
+  if beside:
+    kinds = sorted({type(x).__name__ for x in [*beside, *adapted.values()]})
+    raise InputError(f'PEFT files have a prefix or a prompt alone, or adapters of weights, and no '
+                     f'bottlenecks; these are {", ".join(kinds)}')
+  if not adapted:
+    raise InputError('no weight has an adapter to save; attach and train one first')
+  forms = {_form(w) for w in adapted.values()}
+  if len(forms) > 1 or None in forms:
+    kinds = sorted({type(w).__name__ for w in adapted.values()})
+    raise InputError(f'PEFT files have adapters of one kind, LoRA, DoRA, VeRA or IA3, on a weight '
+                     f'each; these are {", ".join(kinds)}, or adapters upon adapters')
+  stacked = lambda path: isinstance(place(config, path)[1], tuple)
+  form, = forms
+  return form, {module: (path, k if stacked(path) else None) for path, w in adapted.items()
+                for module, k in _modules(family, config, path, w)}
+
+
 def load_peft(folder, family, config, params):
   """The params with the adapters of a folder, on weights of whatever kind.
 
   Args:
     folder: of `save_peft`, or of the PEFT library: LoRA, rank-stabilised too, DoRA, VeRA (but its
-      dropout, which concerns training alone), IA3.
+      dropout, which concerns training alone), IA3; prefix, prompt and P-tuning.
     family, config, params: of the model without adapters.
 
   Raises:
@@ -103,20 +140,23 @@ def load_peft(folder, family, config, params):
   folder = pathlib.Path(folder)
   hf = tensors.read_json(folder / CONFIG)
   form = hf.get('peft_type')
-  if form not in _READERS:
+  if form not in _READERS and form not in peft_prompts.READS:
     raise InputError(f'{folder} has adapters of type {form!r}; lean_jax reads: '
-                     f'{", ".join(_READERS)}')
+                     f'{", ".join((*_READERS, *peft_prompts.READS))}')
   asked = [f'{k} = {hf[k]!r}' for k, fine in _NEUTRAL.items() if k in hf and hf[k] not in fine]
   if asked:
     raise InputError(f'{folder / CONFIG} asks for {", ".join(asked)}, which lean_jax does not '
                      'compute; give an adapter without')
-  if any(isinstance(w, Adapter) for w in tree.named_weights(params).values()):
+  if any(isinstance(w, Adapter) or is_beside(w) for _, w in leaves(params)):
     raise InputError('the model has adapters already; merge them, or load the model again')
   found, made_for = _read(folder / TENSORS)
   if made_for is not None and made_for != base_fingerprint(config, params):
     raise InputError(f'the adapter in {folder} was made for a base with the fingerprint {made_for};'
                      f' this one has {base_fingerprint(config, params)}: load the model that it '
                      'was trained on, quantized the same way')
+  if form in peft_prompts.READS:
+    check_takes_prefix(config, Prompt if peft_prompts.READS[form] == 'prompt' else None)
+    return {**params, **peft_prompts.read(config, hf, found, folder)}
   shared = {k: found.pop(f'base_model.{k}', None) for k in ('vera_A', 'vera_B')}
   if form == 'VERA' and any(x is None for x in shared.values()):
     raise InputError(f"{folder} leaves VeRA's random matrices out (save_projection is false), and "
@@ -152,7 +192,7 @@ def load_peft(folder, family, config, params):
 def base_fingerprint(config, params):
   """16 hexadecimal digits of all arrays but the adapters', whether layers are stacked or not."""
   lines = []
-  for path, leaf in leaves(params):
+  for path, leaf in leaves(without_beside(params)):
     leaf = bare(leaf) if tree.is_weight(leaf) else leaf
     key, layers = place(config, path)
     each = [(n, taken(leaf, k)) for k, n in enumerate(layers)] if isinstance(layers, tuple) else [

@@ -15,16 +15,23 @@ def together(adapted):
   A weight that one of them leaves alone has zeros for it, and lower ranks are filled up with zeros.
 
   Args:
-    adapted: {name: params}, of LoRA over the very same base.
+    adapted: {name: params}, of LoRA over the very same base. Where params have several already,
+      these come along by their own names.
 
   Raises:
-    InputError: none are given, other adapters than LoRA, or another base.
+    InputError: none are given, two of one name, other adapters than LoRA, or another base.
   """
   if not adapted:
     raise InputError('no adapters to put together; give {name: model}')
+  each = [(name, part) for given, params in adapted.items()
+          for name, part in _apart(given, params).items()]
+  adapted = dict(each)
+  if len(adapted) < len(each):
+    twice = next(name for name in adapted if [n for n, _ in each].count(name) > 1)
+    raise InputError(f'two adapters are named {twice!r}; give one of them another name')
   names, trees = tuple(adapted), list(adapted.values())
   for name, params in adapted.items():
-    _check_base(names[0], trees[0], name, params)
+    check_base(names[0], trees[0], name, params)
 
   def one(*ws):
     some = [w for w in ws if isinstance(w, Adapter)]
@@ -60,6 +67,21 @@ def use(params, names):
   return jax.tree.map(one, params, is_leaf=tree.is_weight)
 
 
+def _apart(name, params):
+  """{name: params} of each adapter of a tree that has several; of another, itself."""
+  found = [w for w in tree.named_weights(params).values() if isinstance(w, Several)]
+  if not found:
+    return {name: params}
+
+  def only(k, w):
+    if not isinstance(w, Several):
+      return w
+    at = w.dims.count('n')
+    return LowRank(w.base, jnp.take(w.a, k, axis=at), jnp.take(w.b, k, axis=at), 1.)
+  return {own: jax.tree.map(lambda w, k=k: only(k, w), params, is_leaf=tree.is_weight)
+          for k, own in enumerate(found[0].adapters)}
+
+
 def _stacked(ws, names):
   """The Several of LowRanks, or of their bare base, which some are."""
   some = [w for w in ws if isinstance(w, LowRank)]
@@ -76,7 +98,8 @@ def _stacked(ws, names):
   return Several(some[0].base, stack(a), stack(b), rows, names)
 
 
-def _check_base(one, params, other, others):
+def check_base(one, params, other, others):
+  """Raises InputError where two trees, by their names, are not over the very same base."""
   base = lambda t: tree.named_arrays(jax.tree.map(bare, t, is_leaf=tree.is_weight))
   a, b = base(params), base(others)
   differ = [n for n in a | b if n not in a or n not in b or not (

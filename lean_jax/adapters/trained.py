@@ -1,8 +1,11 @@
 """What of an adapted model trains."""
 import re
 
+import jax
+
 from lean_jax import tree
 from lean_jax.weights import Adapter, Wrapper
+from lean_jax.weights.beside import is_beside
 
 
 def trained(params):
@@ -13,4 +16,6 @@ def trained(params):
       if isinstance(w, Adapter):
         names += [f'{name}/{field}' for field in w.trained]
       name, w = f'{name}/base', w.base
+  for path, w in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_beside):
+    names += [f'{tree.name(path)}/{field}' for field in w.trained] if is_beside(w) else []
   return '|'.join(map(re.escape, names)) or None

@@ -17,7 +17,7 @@ class Batches:
   Every window comes once an epoch, in a new order each epoch. An epoch may end within a batch.
 
   Attributes:
-    windows: at least one batch of them.
+    windows: at least one batch of them; or `examples.ExampleWindows`.
     batch: windows a step, over all hosts.
     seed: of the order, 0 to 2**32 - 1.
     shuffle: False keeps the windows in order.

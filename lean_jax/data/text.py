@@ -66,11 +66,11 @@ class JsonLines(Source):
     existing(self.path)
 
   def _documents(self, split):
-    for index, (name, where, record) in enumerate(self._records()):
+    for index, (name, where, record) in enumerate(self.records()):
       if split in (None, split_of(str(index))):
         yield Document(name, self._text(record, where))
 
-  def _records(self):
+  def records(self):
     """Yields the name, the place and the value of each record."""
     root = pathlib.Path(self.path)
     names = reading.tree(root, '.jsonl') if root.is_dir() else ['']
@@ -101,12 +101,17 @@ class JsonLines(Source):
     if not isinstance(text, str):
       raise InputError(f'{where}: field {self.field!r} is a {type(text).__name__}, not a string; '
                        'choose a field of text')
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      raise InputError(f'{where}: field {self.field!r} has half a surrogate pair at character '
-                       f'{error.start}; repair the line') from error
+    check_whole(text, self.field, where)
     return text
+
+
+def check_whole(text, field, where):
+  """Raises InputError for a text that has half of a character."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(f'{where}: field {field!r} has half a surrogate pair at character '
+                     f'{error.start}; repair the line') from error
 
 
 class UnicodeInputError(InputError):

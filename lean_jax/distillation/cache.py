@@ -237,6 +237,9 @@ def check_losses(losses):
     if kind in terms.KINDS:
       raise InputError(f'{kind} looks at layers of the teacher, and a cache has its labels alone; '
                        'leave the loss out, or the cache')
+    if kind == 'uld':
+      raise InputError('uld is for another tokenizer, and a cache has labels of the same tokens; '
+                       'leave the loss out, or the cache')
     if kind == 'top_k':
       raise InputError('top_k of a cache, which has the top k alone; forward_kl of it is that')
 

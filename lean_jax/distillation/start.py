@@ -3,6 +3,7 @@ import dataclasses
 
 from lean_jax.errors import InputError
 from lean_jax.models.segments import restacked, unstacked
+from lean_jax.weights.beside import refuse_beside
 
 
 def alternating(layers, keep):
@@ -31,6 +32,7 @@ def take_layers(config, params, indices):
   Returns:
     config, params, of the smaller model; arrays are copies.
   """
+  refuse_beside(params, 'cut to fewer layers')
   each = unstacked(config, params['layers'])
   kinds = tuple(config.kinds[k] for k in indices) if config.kinds else ()
   smaller = dataclasses.replace(config, layers=len(indices), kinds=kinds)

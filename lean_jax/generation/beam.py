@@ -19,6 +19,7 @@ from lean_jax.generation.caches import cache_bytes, with_cache
 from lean_jax.generation.prompts import begun, check_length
 from lean_jax.generation.sampling import penalized
 from lean_jax.generation.writer import renewals, written_out
+from lean_jax.models.prefix import length_of
 
 _NEVER = -1e9                 # the score of what is no candidate
 
@@ -98,7 +99,7 @@ def searched(module, params, prompts, *, tokens, beams, ends=(), length_penalty=
   longest = max(map(len, beginnings))
   first = longest if source is None else 1
   end = first + tokens
-  check_length(first, tokens, config.context)
+  check_length(first + length_of(params), tokens, config.context)
   if renewals(config, longest, end):
     raise InputError(f'beams longer than {config.decoding.renewals[0]} tokens, past which this '
                      'model turns all positions otherwise; generate fewer, or without beams')

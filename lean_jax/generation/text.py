@@ -12,6 +12,7 @@ from lean_jax.generation.continuation import check_copies
 from lean_jax.generation.pieces import Pieces
 from lean_jax.generation.sampling import checked
 from lean_jax.generation.writer import Writer
+from lean_jax.models.prefix import length_of, settled
 from lean_jax.training import mesh as meshes
 
 _CHUNK = 16                   # tokens between two looks for a stop string
@@ -111,6 +112,7 @@ def write(model, prompt, *, tokens: int = 64, temperature: float = 0., top_k: in
   check_model(model, draft)
   check_choice(n, beams, temperature, vote, scorer)
   check_together(beams, temperature, draft, stop, stream, several(prompt) or n > 1)
+  model = dataclasses.replace(model, params=settled(model.module, model.params))
   prompts = prompt if several(prompt) else [prompt]
   if not prompts:
     raise InputError('no prompt; give one or more')
@@ -248,7 +250,7 @@ def truncated(model, ids, tokens):
   if reads(model):
     room = model.config.encoder.context
     return ids if len(ids) <= room else np.append(ids[:room - 1], ids[-1])
-  room = model.config.context - tokens
+  room = model.config.context - tokens - length_of(model.params)
   if len(ids) <= room or room < 1:
     return ids
   head = ids[:1] if ids[0] == model.tokenizer.bos and room > 1 else ids[:0]

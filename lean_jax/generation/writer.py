@@ -14,6 +14,7 @@ from lean_jax.generation.prompts import begun, check_length
 from lean_jax.generation.sampling import Sampling
 from lean_jax.kernels.platforms import device
 from lean_jax.kernels.platforms.choice import partitioned
+from lean_jax.models.prefix import length_of
 from lean_jax.models.segments import configured, converted
 from lean_jax.weights.prepared import prepare
 
@@ -60,7 +61,7 @@ class Writer:
     self._given = {} if source is None else dict(zip(('source', 'lengths'), source))
     self.begin = longest if source is None else 1          # the place of the first token given out
     self.at, self.end = longest, self.begin + tokens
-    check_length(longest if source is None else 1, tokens, self.config.context)
+    check_length(longest + length_of(params) if source is None else 1, tokens, self.config.context)
     self._renewals = renewals(self.config, longest, self.end)
     self._unread = {longest, *self._renewals}
     self._sampling, self._copies = sampling or Sampling(), copies

@@ -16,6 +16,7 @@ from lean_jax.interop.streaming import filled
 from lean_jax.interop.written import in_format
 from lean_jax.models.families import family_of
 from lean_jax.models.segments import configured
+from lean_jax.weights.beside import without_beside
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
 _TOKENS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
@@ -180,7 +181,7 @@ def leaves(params):
 
 def misfits(config, params):
   """The names that params lack, have beyond those of `config.module`, or have in other shapes."""
-  found, wanted = shapes(params), shapes(abstract(config))
+  found, wanted = shapes(without_beside(params)), shapes(abstract(config))
   return [n for n in wanted | found if found.get(n) != wanted.get(n)]
 
 

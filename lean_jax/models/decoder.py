@@ -49,7 +49,7 @@ class Decoder(Stack):
     elif c.head_bias:
       self.head_bias = self.param('head_bias', nn.initializers.zeros, (c.vocabulary,))
 
-  def __call__(self, tokens, cache=None, offset=0, mask=None):
+  def __call__(self, tokens, cache=None, offset=0, mask=None, segments=None):
     """Logits of the token after each.
 
     Args:
@@ -57,11 +57,12 @@ class Decoder(Stack):
       cache: None, or what `empty_cache` or an earlier call gave.
       offset: how many tokens the cache holds; scalar.
       mask: [B T] bool, which tokens are real; None for all.
+      segments: as of `hidden`.
 
     Returns:
       logits [B T V] float32, and the cache (None without one).
     """
-    x, cache = self.hidden(tokens, cache, offset, mask)
+    x, cache = self.hidden(tokens, cache, offset, mask, segments=segments)
     return self.logits(x), cache
 
   def head_of(self, params):

@@ -141,6 +141,22 @@ def converted(config, params, scan_layers):
   return other, params
 
 
+def extended(config, layers, make):
+  """The tree under 'layers' with more in each layer; what is there is neither cut nor copied.
+
+  Args:
+    config: of the stack.
+    make: (a layer's kind, as `Segment` has it; how many are stacked, or None) -> {name: subtree}.
+  """
+  cut, out = segments(config), {}
+  for s in cut:
+    own, count = layers if uniform(cut) else layers[s.name], s.count if s.stacked else None
+    more = [make(kind, count) for kind in s.kinds]
+    out[s.name] = {**own, **more[0]} if len(more) == 1 else {
+        str(k): {**own[str(k)], **part} for k, part in enumerate(more)}
+  return out[cut[0].name] if uniform(cut) else out
+
+
 def replaced(tree, path, change):
   """The nested dict with what is at a path changed."""
   if not path:

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from lean_jax.errors import InputError
 from lean_jax.models.kinds import FEED_FORWARDS, MIXERS
+from lean_jax.models.prefix import prefix_of
 from lean_jax.models.segments import segments, uniform
 from lean_jax.nn import attention
 from lean_jax.nn.attention import AttentionOptions, CrossAttention
 from lean_jax.nn.linear import Embedding, Linear
-from lean_jax.nn.mlp import MLPOptions
+from lean_jax.nn.mlp import ACTIVATIONS, MLPOptions
 from lean_jax.nn.norm import norm
 from lean_jax.nn.pooling import Pooling
 from lean_jax.nn.relative import RelativeBias, RelativeOptions
@@ -159,6 +161,9 @@ class Frame(NamedTuple):
     offset: the place of the first of these tokens in the cache.
     cross: [B S D], an encoder's output; None without, or where the cache has its keys and values.
     cross_visible: [B or 1, 1, 1, S] bool, which of it is real.
+    segments: [B T] integer, which of a row's texts each token is of; None for one text a row.
+    prefix: None, or the `Prefix` that stands before every text.
+    before: [B or 1, 1, T, P], from each of its keys to a query.
   """
   mask: Any = None
   known: Any = None
@@ -170,6 +175,15 @@ class Frame(NamedTuple):
   offset: Any = 0
   cross: Any = None
   cross_visible: Any = None
+  segments: Any = None
+  prefix: Any = None
+  before: Any = None
+
+  @property
+  def plain(self):
+    """Whether what a causal query sees follows from its place and segment alone."""
+    alone = self.bias is None and self.prefix is None
+    return alone and (self.mask is None or self.segments is not None)
 
 
 class Place(NamedTuple):
@@ -238,7 +252,7 @@ class Block(nn.Module):
     start = x
     normed = norm(c, 'mixer_norm')(x) if c.norm_before and self.mixer_norm else x
     y, slot = mixer(normed, frame, place, slot)
-    x = self._add(x, y, 'mixer')
+    x = self._add(x, self._adapted(normed, y, 'mixer'), 'mixer')
     if c.cross:
       h = norm(c, 'cross_norm')(x) if c.norm_before else x
       y, slot = CrossAttention(c, name='cross')(h, frame, slot)
@@ -248,9 +262,17 @@ class Block(nn.Module):
         h = start if c.parallel else x
         normed = norm(c, 'feed_forward_norm')(h) if c.norm_before else h
       y = FEED_FORWARDS[self.feed_forward](c, name=self.feed_forward)(normed, frame)
-      x = self._add(x, y, 'feed_forward')
+      x = self._add(x, self._adapted(normed, y, 'feed_forward'), 'feed_forward')
     self.sow(STATES, 'hidden', x)
     return (x, None if slot is None else slot.arrays), None
+
+  def _adapted(self, x, y, branch):
+    """A branch's result y of its input x, with its bottleneck if there is one."""
+    name = f'{branch}_adapter'
+    if not self.has_variable('params', name):
+      return y
+    w = self.get_variable('params', name)
+    return w.after(x, y, ACTIVATIONS[w.activation])
 
   def _add(self, x, y, branch):
     c = self.config
@@ -349,7 +371,7 @@ class Stack(nn.Module):
       self.norm = norm(c)
 
   def hidden(self, tokens, cache=None, offset=0, mask=None, token_types=None, cross=None,
-             cross_mask=None):
+             cross_mask=None, segments=None):
     """The last layer's output after the final norm, [B T D], and the cache.
 
     Args:
@@ -360,27 +382,46 @@ class Stack(nn.Module):
       token_types: [B T]; None is type 0.
       cross: [B S D], the encoder's output that layers attend to; None where the cache has it.
       cross_mask: [B S] bool, which of it is real; None for all.
+      segments: [B T], integer: which of several texts in a row a token is of, 0 where of none. A
+        token sees its own text alone, whose positions begin anew. None is one text a row.
+
+    Raises:
+      InputError: segments with a cache, or in a model whose state goes on from text to text.
     """
-    x, frame, cache = self.begin(tokens, cache, offset, mask, token_types, cross, cross_mask)
+    x, frame, cache = self.begin(tokens, cache, offset, mask, token_types, cross, cross_mask,
+                                 segments)
     return self.through(x, frame, cache)
 
   def begin(self, tokens, cache=None, offset=0, mask=None, token_types=None, cross=None,
-            cross_mask=None):
+            cross_mask=None, segments=None):
     """What the layers are given: embeddings [B T D], the Frame and the cache; as `hidden` takes.
     """
-    cache, frame, at = framed(self.config, tokens, cache, offset, mask)
+    if segments is not None:
+      check_segments(self.config, cache)
+    prefix = None if self.is_initializing() else prefix_of(self, self.variables.get('params', {}))
+    cache, frame, at = framed(self.config, tokens, cache, offset, mask, segments, prefix)
     if self.config.cross:
       cache, frame = crossed(cache, frame, cross, cross_mask)
     if self.config.relative:
       frame = frame._replace(bias=self.relative(frame.distance))
     return self.embedded(tokens, at, token_types), frame, cache
 
+  def cache_of(self, x):
+    """What layers keep of a text by itself, as `empty_cache` has it; x [T D], its embeddings."""
+    T, x = len(x), x.astype(self.config.dtype)
+    cache, frame, at = framed(self.config, jnp.zeros((1, T), jnp.int32),
+                              empty_cache(self.config, 1, T), 0, None)
+    return self.through(self.placed(x[None], at), frame, cache)[1]['layers']
+
   def embedded(self, tokens, at, token_types=None):
     """Embeddings [B T D] of tokens [B T] at positions `at` [B or 1, T]."""
+    x, scale = self.embed(tokens), self.config.embedding_scale
+    x = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+    return self.placed(x, at, token_types)
+
+  def placed(self, x, at, token_types=None):
+    """What `embedded` makes of rows x of the table, scaled."""
     c = self.config
-    x = self.embed(tokens)
-    if c.embedding_scale != 1:
-      x = x * jnp.asarray(c.embedding_scale, x.dtype)
     if c.embedding_width not in (None, c.width):
       x = self.embed_in(x)
     if c.positions:
@@ -415,9 +456,21 @@ def layer_stack(config, initializing):
   return segment_module(config, cut[0], initializing) if uniform(cut) else Segments(config)
 
 
-def framed(config, tokens, cache, offset, mask):
+def check_segments(config, cache):
+  """Raises InputError where rows cannot be of several texts."""
+  stateful = sorted({l.mixer for l in config.each} - {'attention', 'latent'})
+  if stateful:
+    raise InputError(f'{" and ".join(stateful)} layers carry a state from one text of a row into '
+                     'the next; give a text a row, padded')
+  if cache is not None:
+    raise InputError('segments with a cache; it is of one text a row: leave them out')
+
+
+def framed(config, tokens, cache, offset, mask, segments=None, prefix=None):
   """The cache with these tokens noted, their Frame, and their positions [B or 1, T]."""
   B, T = tokens.shape
+  if segments is not None:
+    mask = segments > 0 if mask is None else mask & (segments > 0)
   if mask is not None:
     mask = jnp.broadcast_to(mask, (B, T)).astype(bool)
   here = offset + jnp.arange(T)                                        # places of the queries
@@ -438,13 +491,27 @@ def framed(config, tokens, cache, offset, mask):
   distance = here[:, None] - jnp.arange(S)[None]                       # [T S]
   visible = jnp.broadcast_to(distance >= 0, (T, S)) if config.causal else jnp.ones((T, S), bool)
   visible = visible[None, None]
-  if known is not None:
+  if segments is not None:
+    own = segments[:, :, None] == segments[:, None]                    # [B T T]
+    visible = visible & own[:, None]
+    at = jnp.maximum(at - jnp.min(jnp.where(own, at[:, None], T), axis=2), 0)
+  elif known is not None:
     visible = visible & known[:, None, None, :]
+  before = None
+  if prefix is not None:
+    P = prefix.length
+    if config.positions and config.positions < P + T:
+      raise InputError(f'{T} tokens after a prefix of {P} are more than the {config.positions} '
+                       'positions; give fewer')
+    at = at + P
+    before = (at[:, :, None] - jnp.arange(P)[None, None])[:, None]
   cos = sin = None
   if config.attention.ropes:
     turned = [rotation(rope, at, rotated_width(config)) for rope in config.attention.ropes]
     cos, sin = (jnp.stack(part) for part in zip(*turned))
-  return cache, Frame(mask, known, visible, distance, cos, sin, offset=offset), at
+  frame = Frame(mask, known, visible, distance, cos, sin, offset=offset, segments=segments,
+                prefix=prefix, before=before)
+  return cache, frame, at
 
 
 def crossed(cache, frame, cross, mask):

@@ -65,10 +65,10 @@ class Attention(nn.Module):
     if slot is None:
       tap_attention(self, q, k, v, visible, scale=scale, softcap=o.softcap, bias=frame.bias)
     sinks = self.param('sinks', nn.initializers.zeros, (c.heads,)) if o.sinks else None
-    whole = (c.causal and slot is None and frame.mask is None and frame.bias is None
-             and layer.window is None and o.softcap is None and sinks is None)
+    whole = (frame.plain and c.causal and slot is None and layer.window is None
+             and o.softcap is None and sinks is None)
     if whole:
-      y = causal_attention(q, k, v, scale)
+      y = causal_attention(q, k, v, scale, frame.segments)
     else:
       held = Plain(grouped(k), grouped(v))
       if slot is not None and c.cache is not None:
@@ -77,7 +77,10 @@ class Attention(nn.Module):
         slot = slot.put('k', held.k, frame.offset).put('v', held.v, frame.offset)
         held = Plain(slot.get('k').astype(c.dtype), slot.get('v').astype(c.dtype))
       how = dict(scale=scale, softcap=o.softcap, sinks=sinks)
-      if T == 1 and isinstance(held, rounded.Held) and frame.bias is None:
+      if frame.prefix is not None:
+        how['prefix'] = before(frame, layer, B, c.dtype)
+      if (T == 1 and isinstance(held, rounded.Held) and frame.bias is None
+          and frame.prefix is None):
         y = held.attended(q, visible, **how)
       else:
         y = attend_to(q, held, visible, bias=frame.bias, **how)
@@ -194,7 +197,17 @@ class Plain(NamedTuple):
     return jax.lax.dot_general(probs, self.v, (((2,), (1,)), ((0,), (0,))))
 
 
-def attend_to(q, held, visible, *, scale=None, softcap=None, sinks=None, bias=None):
+def before(frame, layer, B, dtype):
+  """A layer's keys and values that stand before each of B texts, and which queries see which."""
+  rows = lambda x: grouped(
+      jnp.broadcast_to(x[layer.number][None], (B, *x.shape[1:])).astype(dtype))
+  visible = jnp.ones(frame.before.shape, bool)
+  if layer.window is not None:
+    visible = frame.before < layer.window
+  return Plain(rows(frame.prefix.k), rows(frame.prefix.v)), visible
+
+
+def attend_to(q, held, visible, *, scale=None, softcap=None, sinks=None, bias=None, prefix=None):
   """softmax(scale q k) v where `visible` lets it, the softmax in float32.
 
   Args:
@@ -205,6 +218,7 @@ def attend_to(q, held, visible, *, scale=None, softcap=None, sinks=None, bias=No
     softcap: None, or the bound that tanh puts on the scores.
     sinks: None, or [H]: the score of attending to nothing.
     bias: None, or [B or 1, H, T, S], added to the scores.
+    prefix: None, or more keys and values, `Plain`, and which are visible, [B or 1, 1, T, P].
 
   Returns:
     [B T H W], in q's dtype.
@@ -212,13 +226,18 @@ def attend_to(q, held, visible, *, scale=None, softcap=None, sinks=None, bias=No
   B, T, H, _ = q.shape
   scores = scores_of(q, held, visible, scale=scale, softcap=softcap, bias=bias)
   G, _, R, _, S = scores.shape
-  if sinks is None:
-    probs = jax.nn.softmax(scores)
-  else:
-    sink = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(G, 1, R, 1, 1),
-                            (*scores.shape[:-1], 1))
-    probs = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1))[..., :-1]
-  y = held.mixed(probs.reshape(G * B, R * T, S).astype(held.v.dtype))
+  parts = [scores]
+  if prefix is not None:
+    parts.append(scores_of(q, *prefix, scale=scale, softcap=softcap))
+  if sinks is not None:
+    parts.append(jnp.broadcast_to(sinks.astype(scores.dtype).reshape(G, 1, R, 1, 1),
+                                  (*scores.shape[:-1], 1)))
+  probs = jax.nn.softmax(jnp.concatenate(parts, axis=-1) if len(parts) > 1 else scores)
+  rows = lambda x, like: x.reshape(G * B, R * T, -1).astype(like.v.dtype)
+  y = held.mixed(rows(probs[..., :S], held))
+  if prefix is not None:
+    extra = prefix[0]
+    y = y + extra.mixed(rows(probs[..., S:S + extra.k.shape[1]], extra)).astype(y.dtype)
   return y.reshape(G, B, R, T, -1).transpose(1, 3, 0, 2, 4).reshape(B, T, H, -1)
 
 

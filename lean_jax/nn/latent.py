@@ -105,10 +105,8 @@ class LatentAttention(nn.Module):
     visible = within(frame.visible, frame.distance, layer.window)
     if slot is None:
       tap_attention(self, q, k, v, visible, scale=scale, bias=frame.bias)
-    whole = (c.causal and slot is None and frame.mask is None and frame.bias is None
-             and layer.window is None)
-    if whole:
-      return causal_attention(q, k, v, scale)
+    if frame.plain and c.causal and slot is None and layer.window is None:
+      return causal_attention(q, k, v, scale, frame.segments)
     return attend(q, grouped(k), grouped(v), visible, scale=scale, bias=frame.bias)
 
 

@@ -1,8 +1,9 @@
 """A model on a batch, whatever its architecture: outputs, what they should be, and what counts.
 
 A batch is a dict of arrays: `tokens` [B T], and as the model and the task want them `mask` [B T]
-(which tokens are real), `token_types` [B T], `decoder_tokens` [B U], `decoder_mask` [B U], and
-`labels`: [B T] or [B], the targets of each position or of each row, negative where none.
+(which tokens are real), `token_types` [B T], `segments` [B T] (which of a row's texts a token is
+of, 0 where of none), `decoder_tokens` [B U], `decoder_mask` [B U], and `labels`: [B T] or [B], the
+targets of each position or of each row, negative where none.
 """
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType
 
-INPUTS = ('tokens', 'mask', 'token_types', 'decoder_tokens', 'decoder_mask')
+INPUTS = ('tokens', 'mask', 'token_types', 'segments', 'decoder_tokens', 'decoder_mask')
 
 
 def forward(module, params, batch):
@@ -92,4 +93,6 @@ def targets(batch):
   inside = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1, tokens.shape)
   if mask is not None:
     inside = inside & mask.astype(bool) & jnp.roll(mask, -1, axis=1).astype(bool)
+  if (segments := batch.get('segments')) is not None:
+    inside = inside & (segments > 0) & (segments == jnp.roll(segments, -1, axis=1))
   return following, inside.astype(jnp.float32)
