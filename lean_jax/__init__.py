@@ -17,12 +17,19 @@ from lean_jax.version import __version__
 if TYPE_CHECKING:
   from lean_jax.api import (
     Model,
+    add_classifier,
     allocate_bits,
     attach,
     attach_lora,
+    create,
     distill,
+    distill_encoder,
+    distill_ranker,
     evaluate,
+    evaluate_classifier,
+    evaluate_retrieval,
     generate,
+    label,
     load,
     load_adapter,
     merge,
@@ -34,18 +41,22 @@ if TYPE_CHECKING:
     scan_layers,
     together,
     train,
+    train_classifier,
     use,
   )
   from lean_jax.evaluation.audit import audit
 
-_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'distill', 'evaluate', 'generate',
-        'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
-        'save_adapter', 'scan_layers', 'together', 'train', 'use')
+_API = ('Model', 'add_classifier', 'allocate_bits', 'attach', 'attach_lora', 'create', 'distill',
+        'distill_encoder', 'distill_ranker', 'evaluate', 'evaluate_classifier',
+        'evaluate_retrieval', 'generate', 'label', 'load', 'load_adapter', 'merge', 'quantize',
+        'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers', 'together', 'train',
+        'train_classifier', 'use')
 
-__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
-           'attach_lora', 'audit', 'distill', 'evaluate', 'generate', 'load', 'load_adapter',
-           'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers',
-           'together', 'train', 'use']
+__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'add_classifier', 'allocate_bits',
+           'attach', 'attach_lora', 'audit', 'create', 'distill', 'distill_encoder',
+           'distill_ranker', 'evaluate', 'evaluate_classifier', 'evaluate_retrieval', 'generate',
+           'label', 'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
+           'save_adapter', 'scan_layers', 'together', 'train', 'train_classifier', 'use']
 
 
 def __getattr__(name):

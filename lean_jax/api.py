@@ -1,5 +1,6 @@
 """Models as people use them: thin calls of the pure functions below."""
 import dataclasses
+import json
 import math
 import pathlib
 import re
@@ -16,19 +17,25 @@ from lean_jax.adapters.lora import sides
 from lean_jax.adapters.peft import load_peft, save_peft
 from lean_jax.adapters.requantize import requantize as merged_again
 from lean_jax.calibration.quantize import MATRICES, quantize  # noqa: F401, of this interface
+from lean_jax.data import labelled
 from lean_jax.data.batches import Batches
 from lean_jax.data.packed import check_reads_text, packed_windows
 from lean_jax.data.tokenizer import Tokenizer, load_tokenizer
-from lean_jax.distillation.losses import soft_and_hard
+from lean_jax.distillation import labelling, vectors
+from lean_jax.distillation.classes import classes
+from lean_jax.distillation.losses import PROJECTIONS, soft_and_hard
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
+from lean_jax.evaluation import retrieval
 from lean_jax.evaluation import texts as texts_in
 from lean_jax.evaluation.perplexity import perplexity
+from lean_jax.evaluation.retrieval import pooling_of
 from lean_jax.files import occupied, replace_folder
 from lean_jax.generation.caches import with_cache
 from lean_jax.generation.text import generate
 from lean_jax.interop import formats, gguf, gguf_write, hf, sentence, tensors
 from lean_jax.interop.hub import local_folder
+from lean_jax.models import fresh
 from lean_jax.models.families import Family, family_of
 from lean_jax.models.segments import configured, converted
 from lean_jax.models.stack import StackConfig
@@ -119,6 +126,12 @@ class Model:
     """
     return texts_in.classify(self.module, self.params, self.tokenizer, texts, batch=batch,
                              truncate=truncate)
+
+  def tag(self, sentences: Sequence[Sequence[str]], *, batch: int = 32,
+          truncate: bool = False) -> list[np.ndarray]:
+    """Logits of `labels` of each word of each list of words: see `evaluation.texts.tag`."""
+    return texts_in.tag(self.module, self.params, self.tokenizer, sentences, batch=batch,
+                        truncate=truncate)
 
   def generate(self, prompt, **settings) -> Any:
     """The prompt and what follows it, or an answer: `generate` says what of."""
@@ -241,6 +254,56 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
     rest(new)
   local = {k: getattr(model.config, k) for k in ('dtype', 'remat', 'scan_layers')}
   save_model(folder, model.params, dict(local=local), overwrite=overwrite, beside=beside)
+
+
+def create(like: str | Mapping[str, Any] | Model, tokenizer: Tokenizer | None = None, *,
+           seed: int = 0, dtype: str | None = None, **settings) -> Model:
+  """A model that knows nothing yet, its weights drawn as its blocks draw them.
+
+  `create('mamba', teacher.tokenizer, hidden_size=64, num_hidden_layers=2)`, or, like its teacher
+  but new, `create(teacher, seed=1)`.
+
+  Args:
+    like: a family's model_type, a config.json, or a model.
+    tokenizer: how it reads; a model's own where like is one. The vocabulary has its size.
+    seed: of the weights.
+    dtype: of activations and products; None is a model's own, or 'float32'.
+    settings: keys of config.json in place of those of `like`; what neither says is as
+      `transformers` has it.
+
+  Raises:
+    InputError: no such family or key, a value that cannot be, or fewer tokens than the
+      tokenizer has.
+  """
+  of = like if isinstance(like, Model) else None
+  tokenizer = of.tokenizer if tokenizer is None and of is not None else tokenizer
+  if tokenizer is None:
+    raise InputError('no tokenizer; give one, the teacher.tokenizer say')
+  hf: dict[str, Any] = (
+      like.family.to_hf(like.config) if isinstance(like, Model) else dict(model_type=like)
+      if isinstance(like, str) else dict(like))
+  hf = {'vocab_size': tokenizer.size} | hf | settings
+  family, config = fresh.described(hf, hf.keys() - {'model_type'} if of is None else settings)
+  if of is not None:
+    kept = {k: getattr(of.config, k) for k in ('dtype', 'remat', 'scan_layers', 'pooling')}
+    config = configured(config, **kept) if settings else of.config
+  config = configured(config, dtype=dtype) if dtype else config
+  if tokenizer.size > config.vocabulary:
+    raise InputError(f'vocab_size {config.vocabulary} and a tokenizer of {tokenizer.size} tokens; '
+                     'give at least that')
+  ids = dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
+  return Model(family, config, fresh.drawn(config, seed), tokenizer, ids)
+
+
+def add_classifier(model: Model, labels: Sequence[str], *, of: str = 'sequence',
+                   seed: int = 0) -> Model:
+  """An encoder with a fresh head for labels, of texts or (of='token') of words.
+
+  Raises:
+    InputError: no encoder, or labels that are not names, each once.
+  """
+  config, params = fresh.with_head(model.family, model.config, model.params, labels, of, seed)
+  return dataclasses.replace(model, config=config, params=params)
 
 
 def allocate_bits(model: Model, tokens, budget: float | str = '3.2 bits', *,
@@ -435,10 +498,7 @@ def distill(teacher: Model | Sequence[Model], data, *, student: Model | None = N
   for one in teachers:
     check_reads_text(one)
   teacher = teachers[0]
-  if student is None:
-    indices = alternating(teacher.config.layers, keep or teacher.config.layers // 2)
-    config, params = take_layers(teacher.config, teacher.params, indices)
-    student = dataclasses.replace(teacher, config=config, params=params)
+  student = _start(teacher, keep) if student is None else student
   for one in teachers:
     if student.tokenizer.fingerprint != one.tokenizer.fingerprint:
       raise InputError(f'the student reads by another tokenizer ({student.tokenizer.size} tokens) '
@@ -451,6 +511,140 @@ def distill(teacher: Model | Sequence[Model], data, *, student: Model | None = N
     raise InputError(f'losses and {" and ".join(of_labels)} too; say them in the losses')
   return train(student, data, teacher=[(one.module, one.params) for one in teachers],
                losses=losses, **settings)
+
+
+def label(model: Model, texts: Sequence[str] | Sequence[Sequence[str]],
+          labels: Sequence[str] | Mapping[str, str], *, prompt: str, out=None,
+          batch: int = 16) -> list[dict[str, Any]]:
+  """Texts labelled by a generator, for `train_classifier`: see `distillation.labelling.label`."""
+  return labelling.label(model, texts, labels, prompt=prompt, out=out, batch=batch)
+
+
+def train_classifier(model: Model, data, *, steps: int, teacher: Model | None = None,
+                     batch: int = 16, peak: float = 1e-4, temperature: float = 1.,
+                     soft_weight: float | None = None, truncate: bool = False, seed: int = 0,
+                     workdir=None, **settings) -> Model:
+  """Trains a classifier of texts or of words on labels, on a teacher's scores of them, or on both.
+
+  Args:
+    model: an encoder with a head: see `add_classifier`.
+    data: rows of `data.labelled`, or their JSONL file, of `label` say.
+    teacher: a classifier of the same labels, of any tokenizer; its logits are then the scores.
+    temperature: of the scores' and the model's distributions.
+    soft_weight: of scores, the labels have the rest; None is 1 without labels, 0 without scores,
+      else .7.
+    truncate: whether the end of a text that is too long is left out.
+    settings: of `training.recipe.train`.
+
+  Raises:
+    InputError: a model or teacher that does not classify, other labels, rows without any, or a
+      setting out of range.
+  """
+  head, rows, encoded = _encoded(model, data, truncate)
+  if teacher is not None:
+    if set(teacher.labels) != set(model.labels):
+      raise InputError(f'the teacher has labels {", ".join(teacher.labels)}, the model '
+                       f'{", ".join(model.labels)}; give both the same')
+    rows = labelled.scored_by(teacher, rows, head, truncate)
+  wanted, scores = labelled.targets(rows, model.labels, head == 'token')
+  soft_weight = labelled.share(wanted, scores, temperature, soft_weight)
+  batches = labelled.batches(encoded, wanted, scores, batch=batch, seed=seed,
+                             context=model.config.context)
+  loss = classes(model.module, float(temperature), float(soft_weight))
+  told = dict(kind='classes', temperature=temperature, soft_weight=soft_weight)
+  params, _ = recipe.train(model.module, model.params, batches, steps=steps, peak=peak, seed=seed,
+                           folder=workdir, objective=(loss, told), **settings)
+  return dataclasses.replace(model, params=params)
+
+
+def evaluate_classifier(model: Model, data, *, batch: int = 32,
+                        truncate: bool = False) -> dict[str, float]:
+  """accuracy, nll (nats a label) and count, over the labels of rows of `data.labelled`."""
+  head, rows, _ = _encoded(model, data, truncate)
+  wanted, _ = labelled.targets(rows, model.labels, head == 'token')
+  texts = labelled.texts_of(rows, head)
+  if head == 'token':
+    logits = np.concatenate(model.tag(texts, batch=batch, truncate=truncate))
+    return labelled.figures(logits, np.concatenate(wanted))
+  logits = model.classify(texts, batch=batch, truncate=truncate)
+  return labelled.figures(logits, np.stack(wanted))
+
+
+def distill_encoder(teacher: Model, texts: Sequence[str], *, steps: int,
+                    student: Model | None = None, keep: int | None = None,
+                    losses: Sequence[Mapping[str, Any]] = (dict(kind='mse'),), batch: int = 32,
+                    peak: float = 1e-4, seed: int = 0, workdir=None, **settings) -> Model:
+  """A smaller model of texts' vectors, like the teacher's (Reimers & Gurevych 2020).
+
+  Args:
+    teacher: its vectors are made once, before training.
+    student: of any tokenizer and width; None takes evenly spread layers of the teacher. Where
+      widths differ, a matrix between is learned, which is not part of the student.
+    keep: how many layers; None is half of them.
+    losses: of `distillation.vectors`: mse, cosine, similarity_kl.
+    settings: of `training.recipe.train`.
+  """
+  student = _start(teacher, keep) if student is None else student
+  terms, told = vectors.parsed(losses), json.dumps([dict(x) for x in losses], sort_keys=True)
+  way = pooling_of(student.config)
+  targets = teacher.embed(texts, truncate=True)
+  rows = texts_in.read_texts(student.module, student.tokenizer, texts, truncate=True)
+  widths = (student.config.width * len(way.modes), targets.shape[1])
+  learned = vectors.projection(terms, widths, seed)
+  params = {**student.params, PROJECTIONS: learned} if learned else student.params
+  batches = vectors.vector_batches(rows, targets, batch=batch, seed=seed,
+                                   context=student.config.context)
+  params, _ = recipe.train(
+      student.module, params, batches, steps=steps, peak=peak, seed=seed, folder=workdir,
+      objective=(vectors.like_teacher(student.module, way, told), json.loads(told)), **settings)
+  return dataclasses.replace(student, params=params)
+
+
+def distill_ranker(teacher: Model | Sequence[float], student: Model,
+                   triples: Sequence[tuple[str, str, str]], *, steps: int, scale: float = 1.,
+                   batch: int = 32, peak: float = 1e-4, seed: int = 0, workdir=None,
+                   **settings) -> Model:
+  """A model of vectors that ranks texts as a cross-encoder does: margin-MSE of its products.
+
+  Args:
+    teacher: a classifier of pairs with one label, its score; or the margins themselves [n].
+    student: embeds.
+    triples: (query, a relevant text, another).
+    scale: what the teacher's margins are multiplied by; products of vectors that the student brings
+      to length one differ by 2 at most.
+    settings: of `training.recipe.train`.
+
+  Raises:
+    InputError: no triples, a teacher of several labels, or margins that are not as many.
+  """
+  sides = list(zip(*triples))
+  if len(sides) != 3:
+    raise InputError(f'triples {triples!r:.60}; expected (query, relevant text, another) each')
+  if isinstance(teacher, Model):
+    if len(teacher.labels) != 1:
+      raise InputError(f'the teacher has labels {", ".join(teacher.labels) or "none"}; give a '
+                       'classifier of pairs with one, the score')
+    scores = [teacher.classify(list(zip(sides[0], side)), truncate=True)[:, 0]
+              for side in sides[1:]]
+    teacher = scores[0] - scores[1]
+  margins = scale * np.asarray(teacher, np.float32)
+  if margins.shape != (len(triples),):
+    raise InputError(f'margins of shape {margins.shape} for {len(triples)} triples; give one each')
+  rows = [texts_in.read_texts(student.module, student.tokenizer, side, truncate=True)
+          for side in sides]
+  batches = vectors.triple_batches(rows, margins, batch=batch, seed=seed,
+                                   context=student.config.context)
+  loss = vectors.like_ranker(student.module, pooling_of(student.config))
+  params, _ = recipe.train(
+      student.module, student.params, batches, steps=steps, peak=peak, seed=seed, folder=workdir,
+      objective=(loss, dict(kind='margin_mse')), **settings)
+  return dataclasses.replace(student, params=params)
+
+
+def evaluate_retrieval(model: Model, queries: Mapping[str, str], documents: Mapping[str, str],
+                       judged: Mapping[str, Mapping[str, float]], **settings) -> dict[str, float]:
+  """recall@10, recall@100, ndcg@10 and mrr@10 of a model's vectors: see `evaluation.retrieval`."""
+  return retrieval.evaluate(model, queries, documents, judged, **settings)
 
 
 def evaluate(model: Model, data, *, window: int | None = None, field: str = 'text',
@@ -468,6 +662,27 @@ def evaluate(model: Model, data, *, window: int | None = None, field: str = 'tex
   """
   with packed_windows(data, split, model, window or model.config.context, field) as windows:
     return perplexity(with_cache(model.module, cache), model.params, windows, progress=progress)
+
+
+def _start(teacher, keep):
+  """A student of `keep` evenly spread layers of the teacher; None is half of them."""
+  indices = alternating(teacher.config.layers, keep or teacher.config.layers // 2)
+  config, params = take_layers(teacher.config, teacher.params, indices)
+  return dataclasses.replace(teacher, config=config, params=params)
+
+
+def _encoded(model, data, truncate):
+  """A classifier's head, rows of `data.labelled`, and the ids that it reads of each."""
+  head, rows = getattr(model.config, 'head', None), labelled.rows_of(data)
+  if head not in fresh.HEADS:
+    raise InputError(f'this {model.family.model_type} has no head of classes; give an encoder that '
+                     'has, of lean.add_classifier(encoder, labels) say')
+  texts = labelled.texts_of(rows, head)
+  if head == 'token':
+    return head, rows, texts_in.read_words(model.module, model.tokenizer, texts, truncate)
+  return head, rows, texts_in.read(
+      model.module, model.tokenizer, texts_in.strings(texts, pairs=True), model.config.context,
+      truncate)
 
 
 def _check_described(folder, config, params):

@@ -35,8 +35,12 @@ def main(says, measured, claims, argv=None, *, model='a decoder', **flags):
                    arguments.window or loaded.config.context, folder,
                    max_tokens=arguments.tokens)
     found = measured(loaded, windows, **given)
+  return told(found, claims(found))
+
+
+def told(found, held):
+  """Prints figures, and claims [(claim, whether it holds)]; returns the exit code."""
   print(json.dumps(found, indent=2))
-  held = claims(found)
   for claim, passed in held:
     print(f'{"pass" if passed else "FAIL"}  {claim}')
   return 0 if all(passed for _, passed in held) else 1

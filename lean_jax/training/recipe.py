@@ -19,8 +19,9 @@ from lean_jax.training.optimizer import adamw
 
 
 def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', weight_decay=0.,
-          clip=1., b_ratio=1., accumulate=1, teacher=None, losses=None, trainable=None, mesh=None,
-          seed=0, folder=None, save_every=200, log_every=10, hooks=(), stop=lambda: False):
+          clip=1., b_ratio=1., accumulate=1, teacher=None, losses=None, objective=None,
+          trainable=None, mesh=None, seed=0, folder=None, save_every=200, log_every=10, hooks=(),
+          stop=lambda: False):
   """Trains by hard labels, or by what a teacher shows.
 
   Args:
@@ -29,6 +30,8 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
     steps, peak, warmup, decay, weight_decay, clip, b_ratio: of `optimizer.adamw`.
     teacher: None, or (module, params); or a list of several.
     losses: with a teacher, the list of `distillation.losses.parsed`; None is `soft_and_hard()`.
+    objective: another loss, as `fit` takes it, and what JSON holds of it; instead of a teacher.
+      What it learns itself is in params as `distillation.losses.PROJECTIONS`.
     trainable: a pattern on arrays' names; None is the adapters where there are any, else all. What
       the losses learn themselves trains too.
     folder: where checkpoints and metrics go; None keeps nothing.
@@ -46,7 +49,12 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
   settings = dict(schedule, accumulate=accumulate)
   trainable = trainable or trained(params) or '.*'
   frozen = {}
-  if teacher is None:
+  if objective is not None:
+    loss, told = objective
+    settings |= dict(objective=told)
+    if distilled.PROJECTIONS in params:
+      trainable = f'{trainable}|{distilled.PROJECTIONS}/.*'
+  elif teacher is None:
     loss = _next_token(module)
   else:
     try:                                               # a resume compares it
