@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     evaluate,
     evaluate_classifier,
     evaluate_retrieval,
+    federated_client,
+    federated_server,
     generate,
     label,
     load,
@@ -48,15 +50,16 @@ if TYPE_CHECKING:
 
 _API = ('Model', 'add_classifier', 'allocate_bits', 'attach', 'attach_lora', 'create', 'distill',
         'distill_encoder', 'distill_ranker', 'evaluate', 'evaluate_classifier',
-        'evaluate_retrieval', 'generate', 'label', 'load', 'load_adapter', 'merge', 'quantize',
-        'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers', 'together', 'train',
-        'train_classifier', 'use')
+        'evaluate_retrieval', 'federated_client', 'federated_server', 'generate', 'label', 'load',
+        'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter',
+        'scan_layers', 'together', 'train', 'train_classifier', 'use')
 
 __all__ = ['InputError', 'LeanError', 'Model', '__version__', 'add_classifier', 'allocate_bits',
            'attach', 'attach_lora', 'audit', 'create', 'distill', 'distill_encoder',
-           'distill_ranker', 'evaluate', 'evaluate_classifier', 'evaluate_retrieval', 'generate',
-           'label', 'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
-           'save_adapter', 'scan_layers', 'together', 'train', 'train_classifier', 'use']
+           'distill_ranker', 'evaluate', 'evaluate_classifier', 'evaluate_retrieval',
+           'federated_client', 'federated_server', 'generate', 'label', 'load', 'load_adapter',
+           'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers',
+           'together', 'train', 'train_classifier', 'use']
 
 
 def __getattr__(name):
