@@ -681,8 +681,9 @@ def federated_client(model: Model, folder, name: str, data, public, *, workdir, 
       params, _ = recipe.train(model.module, model.params, batches, steps=steps, peak=peak,
                                seed=seed, folder=at, objective=objective, **settings)
       return dataclasses.replace(model, params=params)
-    return federated.client(model, folder, name, train=train_on, public=packed, workdir=workdir,
-                            revisit=revisit, digest=digest, timeout=timeout)
+    return federated.client(
+        model, folder, name, train=train_on, save=save, load=load, public=packed, workdir=workdir,
+        revisit=revisit, digest=digest, timeout=timeout)
 
 
 def evaluate_retrieval(model: Model, queries: Mapping[str, str], documents: Mapping[str, str],

@@ -82,18 +82,21 @@ def average(given, weights, vocabulary, top):
 
   What a client left to the rest counts as spread evenly over the tokens that it does not name.
   """
-  total = 0.
-  for shared, weight in zip(given, weights):
-    ids, log_p, rest = (shared[name] for name in FIELDS)
-    others = vocabulary - ids.shape[-1]
-    each = np.exp(rest.astype(np.float32)) / others if others else 0 * rest.astype(np.float32)
-    p = np.repeat(each[..., None], vocabulary, axis=-1)
-    np.put_along_axis(p, ids.astype(np.int64), np.exp(log_p.astype(np.float32)), axis=-1)
-    total = total + weight / sum(weights) * p / p.sum(axis=-1, keepdims=True)
-  return _likeliest(np.log(np.maximum(total, np.finfo(np.float32).tiny)), top)
+  out = []
+  for k in range(len(given[0]['rest'])):                # a window at a time: all are [rows T-1 V]
+    total = 0.
+    for shared, weight in zip(given, weights):
+      ids, log_p, rest = (shared[name][k] for name in FIELDS)
+      others = max(vocabulary - ids.shape[-1], 1)
+      p = np.repeat(np.exp(rest.astype(np.float32))[:, None] / others, vocabulary, axis=1)
+      np.put_along_axis(p, ids.astype(np.int64), np.exp(log_p.astype(np.float32)), axis=1)
+      total = total + weight / sum(weights) * p / p.sum(axis=1, keepdims=True)
+    out.append(_likeliest(np.log(np.maximum(total, np.finfo(np.float32).tiny)), top))
+  return {name: np.stack([part[name] for part in out]) for name in FIELDS}
 
 
-def client(model, folder, name, *, train, public, workdir, revisit, digest, timeout=3600.):
+def client(model, folder, name, *, train, save, load, public, workdir, revisit, digest,
+           timeout=3600.):
   """One client's life: returns its model after all rounds.
 
   Args:
@@ -102,6 +105,7 @@ def client(model, folder, name, *, train, public, workdir, revisit, digest, time
     name: of this client.
     train: (model, batches or None, objective or None, steps, round, phase folder) -> model: trains
       on the client's own text, or where batches are given on them, by the objective.
+    save, load: (model, folder) and folder -> model.
     public: Windows that all have.
     workdir: this client's own folder, where its models are kept; the same call goes on with it.
     revisit, digest: steps of a round on its own text and on the average.
@@ -111,7 +115,6 @@ def client(model, folder, name, *, train, public, workdir, revisit, digest, time
     InputError: not a client of this run, other public windows or another vocabulary, or a server
       that does not answer in time.
   """
-  from lean_jax.api import load, save
   folder, workdir = pathlib.Path(folder), pathlib.Path(workdir)
   agreed = _agreed(folder, model, name, public, timeout)
   for k in range(agreed['rounds']):
@@ -198,8 +201,8 @@ class _Digest:
 def _likeliest(log_p, top):
   """`FIELDS` of log-probabilities [rows T V]."""
   V = log_p.shape[-1]
-  ids = (np.argsort(-log_p, axis=-1, kind='stable') if top < V else np.broadcast_to(
-      np.arange(V), log_p.shape))[..., :top]
+  ids = (np.argpartition(-log_p, top, axis=-1)[..., :top] if top < V else
+         np.broadcast_to(np.arange(V), log_p.shape))
   named = np.maximum(np.take_along_axis(log_p, ids, axis=-1), LEAST)
   left = 1 - np.exp(named).sum(axis=-1) if top < V else np.zeros(log_p.shape[:-1])
   return dict(ids=ids.astype(np.uint16 if V <= 1 << 16 else np.uint32),

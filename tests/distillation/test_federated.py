@@ -25,7 +25,7 @@ def run(tiny_model, tmp_path_factory):
   """A run of two clients in two processes: its folder, their first and last models."""
   folder = tmp_path_factory.mktemp('federated')
   (folder / 'public.txt').write_text(drawn(PRIVATE['one'] + PRIVATE['two'], 0))
-  starts = dict(one=lean.create(tiny_model, seed=1), two=lean.create(
+  starts = dict(one=lean.create(tiny_model, seed=1, num_hidden_layers=1), two=lean.create(
       'lean_lstm', tiny_model.tokenizer, seed=2, hidden_size=24, num_hidden_layers=1, lstm_size=32,
       max_position_embeddings=64))
   clients = {}

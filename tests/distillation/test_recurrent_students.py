@@ -52,7 +52,8 @@ def test_a_recurrent_student_learns_from_a_transformer(teacher, text, tmp_path, 
   assert again.generate('the old fox', tokens=12) == learned.generate('the old fox', tokens=12)
 
 
-@pytest.mark.parametrize('family', ['lean_lstm', 'mamba'])
+@pytest.mark.parametrize('family', [
+    'lean_lstm', pytest.param('mamba', marks=pytest.mark.slow)])
 def test_a_recurrent_student_learns_a_transformers_states(teacher, text, family):
   student = lean.create(family, teacher.tokenizer, seed=3, hidden_size=24, **STUDENTS[family])
   seen = []
@@ -67,6 +68,7 @@ def test_a_recurrent_student_learns_a_transformers_states(teacher, text, family)
     lean.distill(teacher, text, student=student, steps=1, losses=[dict(kind='minilm')])
 
 
+@pytest.mark.slow
 def test_a_model_is_born_again_from_its_own_predictions(teacher, text):
   """Furlanello et al. 2018 (arXiv:1805.04770): the same architecture from a random start."""
   student = lean.create(teacher, seed=9)

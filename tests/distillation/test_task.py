@@ -110,6 +110,7 @@ def test_a_classifier_learns_hard_labels_and_another_learns_its_classes(classifi
                                 student.classify(texts))
 
 
+@pytest.mark.slow
 def test_a_generators_scores_are_what_a_classifier_learns(tiny_model):
   rows = lean.label(tiny_model, TEXTS, LABELS, prompt=PROMPT)
   encoder = lean.create('bert', tiny_model.tokenizer, **BERT)
@@ -122,6 +123,7 @@ def test_a_generators_scores_are_what_a_classifier_learns(tiny_model):
   np.testing.assert_allclose(soft(learned.classify(TEXTS)), soft(scores), atol=.05)
 
 
+@pytest.mark.slow
 def test_a_tagger_learns_words_and_another_learns_its_classes(tagger):
   draw = np.random.default_rng(0)
   rows = []

@@ -67,6 +67,7 @@ def test_half_the_layers_learn_the_vectors(teacher, tmp_path):
   np.testing.assert_array_equal(again.embed(held), student.embed(held))
 
 
+@pytest.mark.slow
 def test_a_narrower_student_learns_through_a_matrix_that_is_not_its_own(teacher):
   narrow = lean.create('bert', teacher.tokenizer, **BERT | dict(hidden_size=16))
   seen = []
