@@ -65,7 +65,7 @@ def measured(teacher, train, test, seed, *, steps, batch=16, peak=2e-3):
   start = halved(teacher)
   students = {name: trained(stages, start) for name, stages in VARIANTS.items()}
   students['hard'] = lean.train(start, train, steps=steps, **shared)
-  students['random'] = trained((DISTILBERT,), redrawn(start, seed))
+  students['random'] = trained((DISTILBERT,), lean.create(start, seed=seed))
   return {name: dict(perplexity=lean.evaluate(student, test)['perplexity'],
                      own_text=judged(teacher, student, test, seed))
           for name, student in students.items()}
@@ -76,13 +76,6 @@ def halved(model):
   kept = alternating(model.config.layers, model.config.layers // 2)
   config, params = take_layers(model.config, model.params, kept)
   return dataclasses.replace(model, config=config, params=params)
-
-
-def redrawn(model, seed):
-  """A model of the same shape whose weights are random."""
-  init = jax.jit(model.module.init)
-  params = init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))['params']
-  return dataclasses.replace(model, params=params)
 
 
 def judged(teacher, student, windows, seed):

@@ -17,17 +17,26 @@ from lean_jax.version import __version__
 if TYPE_CHECKING:
   from lean_jax.api import (
     Model,
+    add_classifier,
     allocate_bits,
     attach,
     attach_lora,
     cache_teacher,
     combine,
     completions,
+    create,
     cut,
     distill,
+    distill_encoder,
+    distill_ranker,
     evaluate,
+    evaluate_classifier,
+    evaluate_retrieval,
+    federated_client,
+    federated_server,
     finetune,
     generate,
+    label,
     load,
     load_adapter,
     merge,
@@ -39,21 +48,26 @@ if TYPE_CHECKING:
     scan_layers,
     together,
     train,
+    train_classifier,
     use,
     write_data,
   )
   from lean_jax.evaluation.audit import audit
 
-_API = ('Model', 'allocate_bits', 'attach', 'attach_lora', 'cache_teacher', 'combine',
-        'completions', 'cut', 'distill', 'evaluate', 'finetune', 'generate', 'load', 'load_adapter',
-        'merge', 'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers',
-        'together', 'train', 'use', 'write_data')
+_API = ('Model', 'add_classifier', 'allocate_bits', 'attach', 'attach_lora', 'cache_teacher',
+        'combine', 'completions', 'create', 'cut', 'distill', 'distill_encoder', 'distill_ranker',
+        'evaluate', 'evaluate_classifier', 'evaluate_retrieval', 'federated_client',
+        'federated_server', 'finetune', 'generate', 'label', 'load', 'load_adapter', 'merge',
+        'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers', 'together',
+        'train', 'train_classifier', 'use', 'write_data')
 
-__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'allocate_bits', 'attach',
-           'attach_lora', 'audit', 'cache_teacher', 'combine', 'completions', 'cut', 'distill',
-           'evaluate', 'finetune', 'generate', 'load', 'load_adapter', 'merge', 'quantize',
-           'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers', 'together', 'train',
-           'use', 'write_data']
+__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'add_classifier', 'allocate_bits',
+           'attach', 'attach_lora', 'audit', 'cache_teacher', 'combine', 'completions', 'create',
+           'cut', 'distill', 'distill_encoder', 'distill_ranker', 'evaluate', 'evaluate_classifier',
+           'evaluate_retrieval', 'federated_client', 'federated_server', 'finetune', 'generate',
+           'label', 'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
+           'save_adapter', 'scan_layers', 'together', 'train', 'train_classifier', 'use',
+           'write_data']
 
 
 def __getattr__(name):

@@ -1,6 +1,7 @@
 """Models as people use them: thin calls of the pure functions below."""
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import re
@@ -19,11 +20,12 @@ from lean_jax.adapters.peft import load_peft, save_peft
 from lean_jax.adapters.requantize import requantize as merged_again
 from lean_jax.calibration.quantize import MATRICES, quantize
 from lean_jax.calibration.text import of_windows
+from lean_jax.data import labelled
 from lean_jax.data.batches import Batches
 from lean_jax.data.packed import check_reads_text, packed_windows
 from lean_jax.data.paired import paired_windows
 from lean_jax.data.tokenizer import Tokenizer, load_tokenizer
-from lean_jax.distillation import narrow
+from lean_jax.distillation import federated, labelling, narrow, vectors
 from lean_jax.distillation.cache import (
   Cache,
   LabelledBatches,
@@ -32,18 +34,22 @@ from lean_jax.distillation.cache import (
   open_cache,
   write_cache,
 )
+from lean_jax.distillation.classes import classes
 from lean_jax.distillation.completions import Completions, completions  # noqa: F401, the latter
 from lean_jax.distillation.generated import write_data  # noqa: F401, of this interface
-from lean_jax.distillation.losses import check_tokenizers, soft_and_hard
+from lean_jax.distillation.losses import PROJECTIONS, check_tokenizers, soft_and_hard
 from lean_jax.distillation.start import alternating, take_layers
 from lean_jax.errors import InputError
+from lean_jax.evaluation import retrieval
 from lean_jax.evaluation import texts as texts_in
 from lean_jax.evaluation.perplexity import perplexity
+from lean_jax.evaluation.retrieval import pooling_of
 from lean_jax.files import occupied, replace_folder
 from lean_jax.generation.caches import with_cache
 from lean_jax.generation.text import generate
 from lean_jax.interop import formats, gguf, gguf_write, hf, sentence, tensors
 from lean_jax.interop.hub import local_folder
+from lean_jax.models import fresh
 from lean_jax.models.families import Family, family_of
 from lean_jax.models.segments import configured, converted
 from lean_jax.models.stack import StackConfig
@@ -138,6 +144,12 @@ class Model:
     """
     return texts_in.classify(self.module, self.params, self.tokenizer, texts, batch=batch,
                              truncate=truncate)
+
+  def tag(self, sentences: Sequence[Sequence[str]], *, batch: int = 32,
+          truncate: bool = False) -> list[np.ndarray]:
+    """Logits of `labels` of each word of each list of words: see `evaluation.texts.tag`."""
+    return texts_in.tag(self.module, self.params, self.tokenizer, sentences, batch=batch,
+                        truncate=truncate)
 
   def generate(self, prompt, **settings) -> Any:
     """The prompt and what follows it, or an answer: `generate` says what of."""
@@ -262,6 +274,56 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
     rest(new)
   local = {k: getattr(model.config, k) for k in ('dtype', 'remat', 'scan_layers')}
   save_model(folder, model.params, dict(local=local), overwrite=overwrite, beside=beside)
+
+
+def create(like: str | Mapping[str, Any] | Model, tokenizer: Tokenizer | None = None, *,
+           seed: int = 0, dtype: str | None = None, **settings) -> Model:
+  """A model that knows nothing yet, its weights drawn as its blocks draw them.
+
+  `create('mamba', teacher.tokenizer, hidden_size=64, num_hidden_layers=2)`, or, like its teacher
+  but new, `create(teacher, seed=1)`.
+
+  Args:
+    like: a family's model_type, a config.json, or a model.
+    tokenizer: how it reads; a model's own where like is one. The vocabulary has its size.
+    seed: of the weights.
+    dtype: of activations and products; None is a model's own, or 'float32'.
+    settings: keys of config.json in place of those of `like`; what neither says is as
+      `transformers` has it.
+
+  Raises:
+    InputError: no such family or key, a value that cannot be, or fewer tokens than the
+      tokenizer has.
+  """
+  of = like if isinstance(like, Model) else None
+  tokenizer = of.tokenizer if tokenizer is None and of is not None else tokenizer
+  if tokenizer is None:
+    raise InputError('no tokenizer; give one, the teacher.tokenizer say')
+  hf: dict[str, Any] = (
+      like.family.to_hf(like.config) if isinstance(like, Model) else dict(model_type=like)
+      if isinstance(like, str) else dict(like))
+  hf = {'vocab_size': tokenizer.size} | hf | settings
+  family, config = fresh.described(hf, hf.keys() - {'model_type'} if of is None else settings)
+  if of is not None:
+    kept = {k: getattr(of.config, k) for k in ('dtype', 'remat', 'scan_layers', 'pooling')}
+    config = configured(config, **kept) if settings else of.config
+  config = configured(config, dtype=dtype) if dtype else config
+  if tokenizer.size > config.vocabulary:
+    raise InputError(f'vocab_size {config.vocabulary} and a tokenizer of {tokenizer.size} tokens; '
+                     'give at least that')
+  ids = dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
+  return Model(family, config, fresh.drawn(config, seed), tokenizer, ids)
+
+
+def add_classifier(model: Model, labels: Sequence[str], *, of: str = 'sequence',
+                   seed: int = 0) -> Model:
+  """An encoder with a fresh head for labels, of texts or (of='token') of words.
+
+  Raises:
+    InputError: no encoder, or labels that are not names, each once.
+  """
+  config, params = fresh.with_head(model.family, model.config, model.params, labels, of, seed)
+  return dataclasses.replace(model, config=config, params=params)
 
 
 def allocate_bits(model: Model, tokens, budget: float | str = '3.2 bits', *,
@@ -589,8 +651,7 @@ def distill(teacher: Model | Sequence[Model] | None, data, *, student: Model | N
   for one in teachers:
     check_reads_text(one)
   if student is None:
-    teacher = teachers[0]
-    student = _begun(teacher, init, keep or teacher.config.layers // 2, data, settings)
+    student = _begun(teachers[0], keep, init, data, settings)
   of_labels = {k: v for k, v in dict(temperature=temperature, soft_weight=soft_weight).items()
                if v is not None}
   if losses is None:
@@ -660,8 +721,9 @@ def _unsaid(family, config):
           if getattr(known, f.name) != getattr(config, f.name)}
 
 
-def _begun(teacher, init, keep, data, settings):
-  """A student of `keep` of a teacher's layers, as `init` says."""
+def _begun(teacher, keep, init='alternating', data=None, settings=None):
+  """A student of `keep` of a teacher's layers, half of them if None, as `init` says."""
+  keep, settings = keep or teacher.config.layers // 2, settings or {}
   if init not in STARTS:
     raise InputError(f'init {init!r}; expected one of {", ".join(STARTS)}')
   if init == 'importance':
@@ -682,6 +744,185 @@ def _tokenizer(teachers):
     raise InputError(f'teachers of {len(rest) + 1} tokenizers, of {one[1]} and {rest[0][1]} '
                      'tokens; give teachers of one')
   return one[0]
+
+
+def label(model: Model, texts: Sequence[str] | Sequence[Sequence[str]],
+          labels: Sequence[str] | Mapping[str, str], *, prompt: str, out=None,
+          batch: int = 16) -> list[dict[str, Any]]:
+  """Texts labelled by a generator, for `train_classifier`: see `distillation.labelling.label`."""
+  return labelling.label(model, texts, labels, prompt=prompt, out=out, batch=batch)
+
+
+def train_classifier(model: Model, data, *, steps: int, teacher: Model | None = None,
+                     batch: int = 16, peak: float = 1e-4, temperature: float = 1.,
+                     soft_weight: float | None = None, truncate: bool = False, seed: int = 0,
+                     workdir=None, **settings) -> Model:
+  """Trains a classifier of texts or of words on labels, on a teacher's scores of them, or on both.
+
+  Args:
+    model: an encoder with a head: see `add_classifier`.
+    data: rows of `data.labelled`, or their JSONL file, of `label` say.
+    teacher: a classifier of the same labels, of any tokenizer; its logits are then the scores.
+    temperature: of the scores' and the model's distributions.
+    soft_weight: of scores, the labels have the rest; None is 1 without labels, 0 without scores,
+      else .7.
+    truncate: whether the end of a text that is too long is left out.
+    settings: of `training.recipe.train`.
+
+  Raises:
+    InputError: a model or teacher that does not classify, other labels, rows without any, or a
+      setting out of range.
+  """
+  head, rows, encoded = _encoded(model, data, truncate)
+  if teacher is not None:
+    if set(teacher.labels) != set(model.labels):
+      raise InputError(f'the teacher has labels {", ".join(teacher.labels)}, the model '
+                       f'{", ".join(model.labels)}; give both the same')
+    rows = labelled.scored_by(teacher, rows, head, truncate)
+  wanted, scores = labelled.targets(rows, model.labels, head == 'token')
+  soft_weight = labelled.share(wanted, scores, temperature, soft_weight)
+  batches = labelled.batches(encoded, wanted, scores, batch=batch, seed=seed,
+                             context=model.config.context)
+  loss = classes(model.module, float(temperature), float(soft_weight))
+  told = dict(kind='classes', temperature=temperature, soft_weight=soft_weight)
+  params, _ = recipe.train(model.module, model.params, batches, steps=steps, peak=peak, seed=seed,
+                           folder=workdir, objective=(loss, told), **settings)
+  return dataclasses.replace(model, params=params)
+
+
+def evaluate_classifier(model: Model, data, *, batch: int = 32,
+                        truncate: bool = False) -> dict[str, float]:
+  """accuracy, nll (nats a label) and count, over the labels of rows of `data.labelled`."""
+  head, rows, _ = _encoded(model, data, truncate)
+  wanted, _ = labelled.targets(rows, model.labels, head == 'token')
+  texts = labelled.texts_of(rows, head)
+  if head == 'token':
+    logits = np.concatenate(model.tag(texts, batch=batch, truncate=truncate))
+    return labelled.figures(logits, np.concatenate(wanted))
+  logits = model.classify(texts, batch=batch, truncate=truncate)
+  return labelled.figures(logits, np.stack(wanted))
+
+
+def distill_encoder(teacher: Model, texts: Sequence[str], *, steps: int,
+                    student: Model | None = None, keep: int | None = None,
+                    losses: Sequence[Mapping[str, Any]] = (dict(kind='mse'),), batch: int = 32,
+                    peak: float = 1e-4, seed: int = 0, workdir=None, **settings) -> Model:
+  """A smaller model of texts' vectors, like the teacher's (Reimers & Gurevych 2020).
+
+  Args:
+    teacher: its vectors are made once, before training.
+    student: of any tokenizer and width; None takes evenly spread layers of the teacher. Where
+      widths differ, a matrix between is learned, which is not part of the student.
+    keep: how many layers; None is half of them.
+    losses: of `distillation.vectors`: mse, cosine, similarity_kl.
+    settings: of `training.recipe.train`.
+  """
+  student = _begun(teacher, keep) if student is None else student
+  terms, told = vectors.parsed(losses), json.dumps([dict(x) for x in losses], sort_keys=True)
+  way = pooling_of(student.config)
+  targets = teacher.embed(texts, truncate=True)
+  rows = texts_in.read_texts(student.module, student.tokenizer, texts, truncate=True)
+  widths = (student.config.width * len(way.modes), targets.shape[1])
+  learned = vectors.projection(terms, widths, seed)
+  params = {**student.params, PROJECTIONS: learned} if learned else student.params
+  batches = vectors.vector_batches(rows, targets, batch=batch, seed=seed,
+                                   context=student.config.context)
+  params, _ = recipe.train(
+      student.module, params, batches, steps=steps, peak=peak, seed=seed, folder=workdir,
+      objective=(vectors.like_teacher(student.module, way, told), json.loads(told)), **settings)
+  return dataclasses.replace(student, params=params)
+
+
+def distill_ranker(teacher: Model | Sequence[float], student: Model,
+                   triples: Sequence[tuple[str, str, str]], *, steps: int, scale: float = 1.,
+                   batch: int = 32, peak: float = 1e-4, seed: int = 0, workdir=None,
+                   **settings) -> Model:
+  """A model of vectors that ranks texts as a cross-encoder does: margin-MSE of its products.
+
+  Args:
+    teacher: a classifier of pairs with one label, its score; or the margins themselves [n].
+    student: embeds.
+    triples: (query, a relevant text, another).
+    scale: what the teacher's margins are multiplied by; products of vectors that the student brings
+      to length one differ by 2 at most.
+    settings: of `training.recipe.train`.
+
+  Raises:
+    InputError: no triples, a teacher of several labels, or margins that are not as many.
+  """
+  sides = list(zip(*triples))
+  if len(sides) != 3:
+    raise InputError(f'triples {triples!r:.60}; expected (query, relevant text, another) each')
+  if isinstance(teacher, Model):
+    if len(teacher.labels) != 1:
+      raise InputError(f'the teacher has labels {", ".join(teacher.labels) or "none"}; give a '
+                       'classifier of pairs with one, the score')
+    scores = [teacher.classify(list(zip(sides[0], side)), truncate=True)[:, 0]
+              for side in sides[1:]]
+    teacher = scores[0] - scores[1]
+  margins = scale * np.asarray(teacher, np.float32)
+  if margins.shape != (len(triples),):
+    raise InputError(f'margins of shape {margins.shape} for {len(triples)} triples; give one each')
+  rows = [texts_in.read_texts(student.module, student.tokenizer, side, truncate=True)
+          for side in sides]
+  batches = vectors.triple_batches(rows, margins, batch=batch, seed=seed,
+                                   context=student.config.context)
+  loss = vectors.like_ranker(student.module, pooling_of(student.config))
+  params, _ = recipe.train(
+      student.module, student.params, batches, steps=steps, peak=peak, seed=seed, folder=workdir,
+      objective=(loss, dict(kind='margin_mse')), **settings)
+  return dataclasses.replace(student, params=params)
+
+
+def federated_server(folder, clients: Sequence[str], public, like: Model, *, rounds: int,
+                     windows: int = 64, window: int = 64, field: str = 'text', **settings):
+  """Averages what clients predict on public text, until all rounds are over.
+
+  Args:
+    folder: that server and clients write to; the same call goes on with what is there.
+    clients: their names.
+    public: text, as `train` takes it.
+    like: a model of the clients' tokenizer; of its weights nothing is used.
+    rounds: how many; windows: of public text in each; window: their tokens.
+    settings: top, weights, seed and timeout of `distillation.federated.server`.
+  """
+  with packed_windows(public, 'all', like, window, field) as packed:
+    told = packed.fingerprint, len(packed), packed.length
+  federated.server(folder, clients, public=told, vocabulary=like.config.vocabulary, rounds=rounds,
+                   windows=windows, **settings)
+
+
+def federated_client(model: Model, folder, name: str, data, public, *, workdir, revisit: int,
+                     digest: int, batch: int = 16, peak: float = 1e-3, window: int = 64,
+                     seed: int = 0, timeout: float = 3600., field: str = 'text',
+                     **settings) -> Model:
+  """One client of federated distillation, in a process of its own: see `distillation.federated`.
+
+  Args:
+    model: where it starts; of any architecture.
+    folder, public, window: as of the server; nothing else is shared, no weights and no text.
+    name: of this client, one of the server's.
+    data: this client's own text.
+    workdir: this client's own folder; the same call goes on with what is there.
+    revisit, digest: steps of a round on its own text, and on what all predict.
+    settings: of `training.recipe.train`.
+  """
+  with packed_windows(data, 'all', model, window, field) as own, packed_windows(
+      public, 'all', model, window, field) as packed:
+    def train_on(model, batches, objective, steps, turn, at):
+      batches = Batches(own, min(batch, len(own)), seed + turn) if batches is None else batches
+      params, _ = recipe.train(model.module, model.params, batches, steps=steps, peak=peak,
+                               seed=seed, folder=at, objective=objective, **settings)
+      return dataclasses.replace(model, params=params)
+    return federated.client(
+        model, folder, name, train=train_on, save=save, load=load, public=packed, workdir=workdir,
+        revisit=revisit, digest=digest, timeout=timeout)
+
+
+def evaluate_retrieval(model: Model, queries: Mapping[str, str], documents: Mapping[str, str],
+                       judged: Mapping[str, Mapping[str, float]], **settings) -> dict[str, float]:
+  """recall@10, recall@100, ndcg@10 and mrr@10 of a model's vectors: see `evaluation.retrieval`."""
+  return retrieval.evaluate(model, queries, documents, judged, **settings)
 
 
 def evaluate(model: Model, data, *, window: int | None = None, field: str = 'text',
@@ -716,6 +957,20 @@ def _batches(model, data, batch, seed, window, field, cache):
     if cache is not None:
       check_labels(cache, model.config, model.tokenizer, windows)
     yield batches if cache is None else LabelledBatches(batches, cache)
+
+
+def _encoded(model, data, truncate):
+  """A classifier's head, rows of `data.labelled`, and the ids that it reads of each."""
+  head, rows = getattr(model.config, 'head', None), labelled.rows_of(data)
+  if head not in fresh.HEADS:
+    raise InputError(f'this {model.family.model_type} has no head of classes; give an encoder that '
+                     'has, of lean.add_classifier(encoder, labels) say')
+  texts = labelled.texts_of(rows, head)
+  if head == 'token':
+    return head, rows, texts_in.read_words(model.module, model.tokenizer, texts, truncate)
+  return head, rows, texts_in.read(
+      model.module, model.tokenizer, texts_in.strings(texts, pairs=True), model.config.context,
+      truncate)
 
 
 def _check_described(folder, config, params):

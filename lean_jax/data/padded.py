@@ -14,22 +14,29 @@ def padded(rows, batch, context):
     context: the longest row there may be.
 
   Yields:
-    (where in `rows` its first rows are from, dict: tokens, mask, token_types, each [B T]). T is a
-    power of two, or the context.
+    (where in `rows` its first rows are from, dict as `stacked` gives it).
   """
   lengths = np.array([len(ids) for ids, _ in rows], np.int64)
   order = np.argsort(-lengths, kind='stable')
   B = min(batch, power(len(rows)))
   for start in range(0, len(order), batch):
     of = order[start:start + batch]
-    T = min(context, max(LEAST, power(lengths[of].max())))
-    out = dict(tokens=np.zeros((B, T), np.int32), mask=np.zeros((B, T), bool),
-               token_types=np.zeros((B, T), np.int32))
-    for row, k in enumerate(of):
-      n = lengths[k]
-      out['tokens'][row, :n], out['token_types'][row, :n] = rows[k]
-      out['mask'][row, :n] = True
-    yield of, out
+    yield of, stacked([rows[k] for k in of], B, context)
+
+
+def stacked(rows, batch, context):
+  """Some rows as one batch: dict of tokens, mask and token_types, each [batch T].
+
+  T is a power of two from `LEAST` up, or the context. Rows that are lacking have no token.
+  """
+  T = min(context, max(LEAST, power(max(len(ids) for ids, _ in rows))))
+  out = dict(tokens=np.zeros((batch, T), np.int32), mask=np.zeros((batch, T), bool),
+             token_types=np.zeros((batch, T), np.int32))
+  for row, (ids, types) in enumerate(rows):
+    n = len(ids)
+    out['tokens'][row, :n], out['token_types'][row, :n] = ids, types
+    out['mask'][row, :n] = True
+  return out
 
 
 def power(n):

@@ -94,6 +94,29 @@ class Tokenizer:
         found[k] = encoding
     return [(np.array(e.ids, np.int32), np.array(e.type_ids, np.int32)) for e in found]
 
+  def words(self, sentences, *, most=None) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(ids, types, places) of each list of words: int32 [T], [T] and [words].
+
+    The place is that of a word's first token, -1 for a word that has none or that is cut off.
+
+    Args:
+      most: tokens of a row; what is longer loses its end, but for the token that ends it.
+    """
+    out = []
+    found = encoded(self.backend, [list(words) for words in sentences], True, words=True)
+    for words, e in zip(sentences, found):
+      ids, of = np.array(e.ids, np.int32), np.array([-1 if w is None else w for w in e.word_ids])
+      if most is not None and len(ids) > most:
+        last = int(of[-1] < 0)                                 # a special token
+        kept = np.append(np.arange(most - last), [len(ids) - 1] * last).astype(int)
+        ids, of = ids[kept], of[kept]
+      places = np.full(len(words), -1, np.int32)
+      for place in range(len(of) - 1, -1, -1):                 # the first is written last
+        if of[place] >= 0:
+          places[of[place]] = place
+      out.append((ids, np.zeros_like(ids), places))
+    return out
+
   def decode(self, ids, *, special=False) -> str:
     """The text of ids; `special` keeps special tokens, by their names."""
     ids = np.asarray(ids, np.int64)
@@ -152,10 +175,12 @@ class Tokenizer:
         file.write(text.encode())
 
 
-def encoded(backend, texts, special):
-  """The encodings of texts or of pairs of them, on all cores."""
+def encoded(backend, texts, special, words=False):
+  """The encodings of texts, of pairs of them or of lists of words, on all cores."""
   try:
-    return backend.encode_batch_fast(list(texts), add_special_tokens=special)
+    # The fast one does not say which word a token is of.
+    encode = backend.encode_batch if words else backend.encode_batch_fast
+    return encode(list(texts), is_pretokenized=words, add_special_tokens=special)
   except (TypeError, UnicodeEncodeError) as error:
     raise InputError('a text to encode is not a string of whole Unicode characters; give str '
                      'without surrogates') from error

@@ -24,6 +24,7 @@ from lean_jax.tree import named_arrays
 
 HARD, ULD = 'cross_entropy', 'uld'
 LEARNED = terms.Learned._fields     # where the tree of trained parameters has the losses' own
+PROJECTIONS = LEARNED[0]
 
 
 class Term(NamedTuple):

@@ -33,14 +33,21 @@ def embed(module, params, tokenizer, texts, *, batch=32, truncate=None):
     InputError: texts that are no strings, have no token, or are too long.
   """
   config = module.config
+  way = reads(config).pooling or Pooling()
+  rows = read_texts(module, tokenizer, texts, truncate)
+  function = functools.partial(_vectors, module, way.modes, way.normalize)
+  return run(function, params, rows, batch, config, config.width * len(way.modes))
+
+
+def read_texts(module, tokenizer, texts, truncate=None):
+  """[(ids, types)] of texts as `embed` reads them."""
+  config = module.config
   way = reads(config).pooling
   truncate, most = way is not None if truncate is None else truncate, limit(config, tokenizer)
   way = way or Pooling()
   texts = [way.prompt + text for text in strings(texts)]
   texts = [_lower.normalize_str(text) for text in texts] if way.lower else texts
-  rows = read(module, tokenizer, texts, most, truncate)
-  function = functools.partial(_vectors, module, way.modes, way.normalize)
-  return run(function, params, rows, batch, config, config.width * len(way.modes))
+  return read(module, tokenizer, texts, most, truncate)
 
 
 def classify(module, params, tokenizer, texts, *, batch=32, truncate=False):
@@ -63,6 +70,46 @@ def classify(module, params, tokenizer, texts, *, batch=32, truncate=False):
   rows = read(module, tokenizer, strings(texts, pairs=True), config.context, truncate)
   function = functools.partial(_logits, module)
   return run(function, params, rows, batch, config, len(config.labels))
+
+
+def tag(module, params, tokenizer, sentences, *, batch=32, truncate=False):
+  """Logits of the labels of each word, at its first token: a [words labels] float32 a sentence.
+
+  Args:
+    module: an encoder with a head of tokens.
+    params, tokenizer, batch: as of `embed`.
+    sentences: lists of words.
+    truncate: whether the end of a sentence that is longer than the context is left out; its words
+      have NaN.
+
+  Raises:
+    InputError: a model that has no such head, or sentences that are none or too long.
+  """
+  config = module.config
+  if getattr(config, 'head', None) != 'token':
+    raise InputError('the model gives words no classes; give one whose config.json has '
+                     '...ForTokenClassification in its architectures')
+  rows = read_words(module, tokenizer, sentences, truncate)
+  out = [np.full((len(places), len(config.labels)), np.nan, np.float32) for *_, places in rows]
+  for of, given in padded([row[:2] for row in rows], batch, config.context):
+    with meshes.of(params):
+      logits = np.asarray(_logits(module, params, given))                       # [B T labels]
+    for k, own in zip(of, logits):
+      places = rows[k][2]
+      out[k][places >= 0] = own[places[places >= 0]]
+  return out
+
+
+def read_words(module, tokenizer, sentences, truncate):
+  """[(ids, types, places)] of lists of words: see `Tokenizer.words`."""
+  sentences, most = list(sentences), module.config.context
+  for words in sentences:
+    if not isinstance(words, list | tuple) or not words or not all(
+        isinstance(w, str) for w in words):
+      raise InputError(f'a sentence is {words!r:.60}; give lists of words')
+  rows = tokenizer.words(sentences, most=most if truncate else None)
+  check_ids([row[0] for row in rows], most, module.config.vocabulary)
+  return rows
 
 
 def limit(config, tokenizer):
@@ -98,17 +145,22 @@ def read(module, tokenizer, texts, most, truncate):
   for text, (ids, _) in zip(texts, rows):
     if not len(ids):
       raise InputError(f'the text {text!r:.60} has no token; give one that has')
-    if len(ids) > most:
-      raise InputError(f'a text of {len(ids)} tokens, the model reads {most} at most; shorten it, '
-                       'or ask for truncate=True')
-  vocabulary = module.config.vocabulary
-  largest = max((int(ids.max()) for ids, _ in rows), default=0)
-  if largest >= vocabulary:
-    raise InputError(f'the texts have token {largest}, the model has 0 to {vocabulary - 1}; give '
-                     'the tokenizer of this model')
+  check_ids([ids for ids, _ in rows], most, module.config.vocabulary)
   types = getattr(module.config, 'token_types', 0) > 1 and 'token_type_ids' in (
       tokenizer.settings.get('model_input_names') or ['token_type_ids'])
   return [(ids, kinds if types else np.zeros_like(kinds)) for ids, kinds in rows]
+
+
+def check_ids(rows, most, vocabulary):
+  """Raises InputError for ids [T] of a text that is too long, or that a model does not have."""
+  for ids in rows:
+    if len(ids) > most:
+      raise InputError(f'a text of {len(ids)} tokens, the model reads {most} at most; shorten it, '
+                       'or ask for truncate=True')
+  largest = max((int(ids.max()) for ids in rows), default=0)
+  if largest >= vocabulary:
+    raise InputError(f'the texts have token {largest}, the model has 0 to {vocabulary - 1}; give '
+                     'the tokenizer of this model')
 
 
 def run(function, params, rows, batch, config, width):
@@ -124,7 +176,11 @@ def run(function, params, rows, batch, config, width):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _vectors(module, modes, normalize, params, given):
-  """[B D] float32."""
+  return vectors(module, modes, normalize, params, given)
+
+
+def vectors(module, modes, normalize, params, given):
+  """The vector of each row of a batch, [B D] float32: see `embed`."""
   if 'decoder_tokens' in module.inputs:
     x = module.apply({'params': params}, given['tokens'], given['mask'], method='encode')
   else:
@@ -135,5 +191,5 @@ def _vectors(module, modes, normalize, params, given):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(module, params, given):
-  """[B labels] float32."""
+  """[B labels] or [B T labels] float32."""
   return module.apply({'params': params}, **given)[0]

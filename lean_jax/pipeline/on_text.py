@@ -26,8 +26,7 @@ def main(says, measured, claims, argv=None, *, model='a decoder', **flags):
   loaded = lean.load(arguments.folder)
   with tempfile.TemporaryDirectory() as folder:
     found = measured(loaded, _windows(arguments, loaded, 'all', folder), **given)
-  print(json.dumps(found, indent=2))
-  return _told(claims(found))
+  return told(found, claims(found))
 
 
 def over_seeds(says, measured, claims, argv=None, *, model='a decoder', seeds=3, **flags):
@@ -56,9 +55,10 @@ def over_seeds(says, measured, claims, argv=None, *, model='a decoder', seeds=3,
   spread = lambda text: '{} {:.4g} ({:.4g} to {:.4g})'.format(text, *(
       f(values[text.rpartition('.')[0]][text.rpartition('.')[2]])
       for f in (statistics.fmean, min, max)))
-  return _told([(f'{row["name"]}: {spread(claim["left"])} < {claim.get("bound", 1)} x '
-                 f'{spread(claim["right"])}', row['passed'])
-                for claim, row in zip(claims, check(claims, means))])
+  return told(values, [
+      (f'{row["name"]}: {spread(claim["left"])} < {claim.get("bound", 1)} x '
+       f'{spread(claim["right"])}', row['passed'])
+      for claim, row in zip(claims, check(claims, means))])
 
 
 def _arguments(says, argv, model, flags):
@@ -78,8 +78,9 @@ def _windows(arguments, loaded, split, folder):
               arguments.window or loaded.config.context, folder, max_tokens=arguments.tokens)
 
 
-def _told(held):
-  """Prints claims; the exit code."""
+def told(found, held):
+  """Prints figures, and claims [(claim, whether it holds)]; returns the exit code."""
+  print(json.dumps(found, indent=2))
   for claim, passed in held:
     print(f'{"pass" if passed else "FAIL"}  {claim}')
   return 0 if all(passed for _, passed in held) else 1

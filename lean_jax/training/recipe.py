@@ -22,8 +22,8 @@ from lean_jax.training.optimizer import adamw
 
 def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', weight_decay=0.,
           clip=1., b_ratio=1., accumulate=1, teacher=None, cached=False, losses=None,
-          on_policy=None, trainable=None, mesh=None, seed=0, folder=None, save_every=200,
-          log_every=10, hooks=(), stop=lambda: False):
+          on_policy=None, objective=None, trainable=None, mesh=None, seed=0, folder=None,
+          save_every=200, log_every=10, hooks=(), stop=lambda: False):
   """Trains by hard labels, or by what a teacher shows.
 
   Args:
@@ -36,6 +36,8 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
       `soft_and_hard()`.
     on_policy: with a teacher, None, or the settings of `distillation.on_policy.rollout`: on some
       steps the losses are on what the student writes; cross_entropy then does not count.
+    objective: another loss, as `fit` takes it, and what JSON holds of it; instead of a teacher.
+      What it learns itself is in params as `distillation.losses.PROJECTIONS`.
     trainable: a pattern on arrays' names; None is the adapters where there are any, else all. What
       the losses learn themselves trains too.
     folder: where checkpoints and metrics go; None keeps nothing.
@@ -55,7 +57,12 @@ def train(module, params, batches, *, steps, peak, warmup=0, decay='cosine', wei
   settings = dict(schedule, accumulate=accumulate)
   trainable = trainable or trained(params) or '.*'
   frozen, written = {}, None
-  if teacher is None and not cached:
+  if objective is not None:
+    loss, told = objective
+    settings |= dict(objective=told)
+    if distilled.PROJECTIONS in params:
+      trainable = f'{trainable}|{distilled.PROJECTIONS}/.*'
+  elif teacher is None and not cached:
     loss = _next_token(module)
   else:
     try:                                               # a resume compares it

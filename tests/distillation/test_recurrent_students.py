@@ -1,13 +1,8 @@
 """Students of other architectures than their teacher: recurrent ones learn what it knows."""
-import dataclasses
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lean_jax as lean
-from lean_jax.models.families import FAMILIES
 
 WORDS = (('a small', 'the old', 'no'), ('fox', 'dog', 'cat', 'bird'),
          ('sees', 'jumps over', 'eats'), ('the lazy dog', 'a stone', 'its tail', 'nothing'))
@@ -35,11 +30,7 @@ def teacher(tiny_model, text):
 
 def student_of(teacher, family):
   """A fresh model of another family that reads as the teacher does."""
-  family = FAMILIES[family]
-  config = family.from_hf(STUDENTS[family.model_type] | dict(
-      vocab_size=teacher.config.vocabulary, hidden_size=32))
-  params = jax.jit(config.module.init)(jax.random.key(3), jnp.zeros((1, 2), jnp.int32))['params']
-  return dataclasses.replace(teacher, family=family, config=config, params=params)
+  return lean.create(family, teacher.tokenizer, seed=3, hidden_size=32, **STUDENTS[family])
 
 
 @pytest.mark.parametrize('family', [
@@ -59,3 +50,29 @@ def test_a_recurrent_student_learns_from_a_transformer(teacher, text, tmp_path, 
   again = lean.load(tmp_path / 'out')
   assert again.config == learned.config
   assert again.generate('the old fox', tokens=12) == learned.generate('the old fox', tokens=12)
+
+
+@pytest.mark.parametrize('family', [
+    'lean_lstm', pytest.param('mamba', marks=pytest.mark.slow)])
+def test_a_recurrent_student_learns_a_transformers_states(teacher, text, family):
+  student = lean.create(family, teacher.tokenizer, seed=3, hidden_size=24, **STUDENTS[family])
+  seen = []
+  learned = lean.distill(
+      teacher, text, student=student, steps=24, batch=8, window=32, peak=1e-2,
+      losses=[dict(kind='forward_kl'), dict(kind='cka'), dict(kind='hidden')],
+      hooks=(lambda step, metrics: seen.append({k: float(v) for k, v in metrics.items()}),))
+  for name in ('forward_kl', 'cka', 'hidden'):
+    assert seen[-1][name] < .8 * seen[0][name], (name, seen[0][name], seen[-1][name])
+  assert learned.params.keys() == student.params.keys()
+  with pytest.raises(lean.InputError, match='has no attention'):
+    lean.distill(teacher, text, student=student, steps=1, losses=[dict(kind='minilm')])
+
+
+@pytest.mark.slow
+def test_a_model_is_born_again_from_its_own_predictions(teacher, text):
+  """Furlanello et al. 2018 (arXiv:1805.04770): the same architecture from a random start."""
+  student = lean.create(teacher, seed=9)
+  assert student.config == teacher.config and student.family == teacher.family
+  learned = lean.distill(teacher, text, student=student, steps=40, batch=8, window=32, peak=1e-2)
+  nll = lambda model: lean.evaluate(model, text, window=32)['nll']
+  assert nll(learned) < .6 * nll(student)
