@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 
-from lean_jax import console, shrink, tune
+from lean_jax import console, peers, shrink, tune
 from lean_jax.errors import InputError, LeanError, Preempted
 from lean_jax.version import __version__
 
@@ -53,6 +53,9 @@ def _parser():
            '--workdir=tiny', folder=False)
   p.add_argument('--workdir', required=True, help='everything made goes here')
   p.add_argument('--json', action='store_true', help='print the report as JSON')
+  p.add_argument('--profile', metavar='FIRST:LAST', help='trace these steps of each training into '
+                 'its folder, for XProf or TensorBoard')
+  peers.add_arguments(p)
   p = verb('info', _info, 'what a model is: each weight, its kind, shape and bytes; without one, '
            'what this machine runs', 'lean-jax info DIR', folder=False)
   p.add_argument('folder', metavar='DIR', nargs='?', help='a Hugging Face or lean_jax model '
@@ -83,15 +86,20 @@ def _demo(arguments, rest):
   spec = importlib.util.find_spec('lean_jax.experiments.lean_pipeline')
   if any(x == '--config' or x.startswith('--config=') for x in rest):
     raise InputError('demo has its own config; for another use: lean-jax run --config=FILE')
+  arguments.profile = arguments.hosts = arguments.coordinator = arguments.host = None
   return _run(arguments, [f'--config={spec.origin}', *rest])
 
 
 def _run(arguments, rest):
   config = _config(rest)
+  peers.start(arguments)
   from lean_jax.pipeline.run import run
   from lean_jax.report import table
-  report = run(config, arguments.workdir)
+  from lean_jax.training import hosts
+  report = run(config, arguments.workdir, profile=arguments.profile)
   failed = [c['name'] for c in report['claims'] if not c['passed']]
+  if not hosts.first():
+    return 1 if failed else 0
   if arguments.json:
     print(json.dumps(report))
   else:

@@ -8,9 +8,8 @@ os.environ.update(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNA
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lean_jax import methods, tree
 from lean_jax.distillation.losses import distillation
@@ -28,8 +27,8 @@ KINDS = {
 
 def main(topology, kind):
   """Compiles for 1 x 2 x 2 chips of a topology."""
-  chips = np.array(topologies.get_topology_desc(platform='tpu', topology_name=topology).devices)
-  grid = Mesh(chips[:4].reshape(1, 2, 2), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
+  chips = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  grid = mesh.make_mesh(fsdp=2, tensor=2, devices=chips)
   teacher = DecoderConfig(vocabulary=1024, width=256, layers=4, heads=4, groups=2, head_width=64,
                           hidden=512, context=256, dtype='bfloat16', remat=True)
   student = DecoderConfig(**{**vars(teacher), 'layers': 2})
