@@ -22,12 +22,31 @@ SAMPLES, BATCH = 64, 8         # training windows that methods are calibrated on
 
 
 def begin(variant, models, teacher, tokenizer, seed):
+  """The model that a variant starts from; args as of `_begun`."""
+  model = _begun(variant, models, teacher, tokenizer, seed)
+  config, params = cast(variant, model.config, model.params)
+  return dataclasses.replace(model, config=config, params=params)
+
+
+def cast(variant, config, params):
+  """(config, params) with the variant's `dtype`, if it has one; of arrays or of shapes."""
+  dtype = variant.get('dtype')
+  if dtype is None:
+    return config, params
+  one = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+  each = one if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)) else (
+      lambda x: jax.eval_shape(one, x))
+  return dataclasses.replace(config, dtype=dtype), jax.tree.map(each, params)
+
+
+def _begun(variant, models, teacher, tokenizer, seed):
   """The model that a variant starts from.
 
   Args:
     variant: dict with `start`: 'teacher' on the first variant (the loaded one, or a fresh one),
       'random' (a fresh one of the teacher's shape), or an earlier variant's name; `keep`, 'half' or
-      a number of layers; and with a random start `model`, what of its config is otherwise.
+      a number of layers; with a random start `model`, what of its config is otherwise; and `dtype`,
+      which its weights and activations are brought to.
     models: {name: Model} of the variants so far.
     teacher: a Model, or the DecoderConfig of one to train.
   """

@@ -228,7 +228,9 @@ def save_model(folder, params, meta, *, overwrite=False, beside=lambda new: None
   digests = digest(params)
   with _new_folder(folder, overwrite, spread) as new, stored.unheard():
     with ocp.StandardCheckpointer(**{} if spread else stored.alone()) as checkpointer:
-      checkpointer.save(new / 'params', arrays)
+      # A process alone among several saves what is NumPy's.
+      own = arrays if spread or not hosts.several() else jax.device_get(arrays)
+      checkpointer.save(new / 'params', own)
     if hosts.first() or not spread:
       document = stored.seal(dict(meta=meta, params=describe(params), digests=digests))
       files.write_text(_card(new), json.dumps(document, indent=1))

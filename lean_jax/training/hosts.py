@@ -10,6 +10,7 @@ import json
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from lean_jax.errors import InputError
 
@@ -63,9 +64,12 @@ def first():
 
 
 def barrier(name):
-  """Returns once every host is here."""
+  """Returns once every host is here, however long that takes; a dead one ends the wait.
+
+  Devices take no part: on a CPU they would not wait for more than half a minute.
+  """
   if several():
-    multihost_utils.sync_global_devices(name)
+    multihost.get_barrier_sync_fn()(key=name.replace(' ', '_'), timeout_ms=7 * 86_400_000)
 
 
 def of_first(value):
@@ -93,7 +97,7 @@ def agree(what, document):
     return
   text = json.dumps(document, sort_keys=True)
   own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-  hashes = multihost_utils.process_allgather(own)
+  hashes = _gathered(own)
   if (hashes == hashes[:1]).all():
     return
   flat = [dict(_leaves(json.loads(t))) for t in _texts(text)]
@@ -130,11 +134,17 @@ def local(tree):
 def _texts(text):
   """The texts of all hosts, in their order."""
   data = np.frombuffer(text.encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32))[:, 0]
+  sizes = _gathered(np.array([len(data)], np.int32))[:, 0]
   room = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)   # few shapes, few compilations
   room[:len(data)] = data
-  rows = multihost_utils.process_allgather(room)
+  rows = _gathered(room)
   return [row[:n].tobytes().decode() for row, n in zip(rows, sizes)]
+
+
+def _gathered(x):
+  """[hosts ...] of every host's array."""
+  barrier('gather')
+  return multihost_utils.process_allgather(x)
 
 
 def _leaves(tree, path=''):

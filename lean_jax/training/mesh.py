@@ -167,18 +167,28 @@ def step_batch(batches, step, mesh):
           for k, x in batches.part(step, rows).items()}
 
 
+def batch_shape(name, shape, dtype, mesh):
+  """A batch's array of a shape, on the mesh, as a ShapeDtypeStruct.
+
+  Raises:
+    InputError: the mesh does not divide its rows, or their tokens.
+  """
+  _check_rows(shape[0], name, mesh)
+  if len(shape) > 1 and shape[1] % mesh.shape['sequence']:
+    raise InputError(f'{name}: {shape[1]} tokens do not divide over mesh.sequence='
+                     f'{mesh.shape["sequence"]}; change the length or the mesh')
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+
 def _spread(x, count, rows, name, mesh):
   """The global array of `count` rows of which this host has x, those of the numbers `rows`."""
-  _check_rows(count, name, mesh)
-  if x.ndim > 1 and x.shape[1] % mesh.shape['sequence']:
-    raise InputError(f'{name}: {x.shape[1]} tokens do not divide over mesh.sequence='
-                     f'{mesh.shape["sequence"]}; change the length or the mesh')
+  like = batch_shape(name, (count, *x.shape[1:]), x.dtype, mesh)
   at = {int(row): k for k, row in enumerate(rows)}
 
   def part(index):
     own = [at[r] for r in range(*index[0].indices(count))]
     return x[own][(slice(None), *index[1:])]
-  return jax.make_array_from_callback((count, *x.shape[1:]), batch_sharding(mesh), part)
+  return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def _check_rows(count, name, mesh):

@@ -61,6 +61,13 @@ def lines(workdir):
   return [json.loads(x) for x in text if x.endswith('\n')]
 
 
+def reaches(workdir, step):
+  """Whether the metrics have that step."""
+  if not pathlib.Path(workdir, 'metrics.jsonl').exists():
+    return False
+  return any(x['step'] >= step for x in lines(workdir))
+
+
 def losses(workdir):
   """The loss of each step, which are there once, and in order."""
   found = lines(workdir)

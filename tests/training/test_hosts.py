@@ -18,12 +18,13 @@ from tests.training.hosts_run import (
   lines,
   losses,
   params,
+  reaches,
   ulps,
   until,
 )
 
 MESH = dict(data=2, fsdp=2, tensor=2)
-STOPS = 45                             # seconds in which the others end: a heartbeat of 10, and more
+STOPS = 45                             # seconds: a heartbeat of 10, and what ending takes
 
 
 @pytest.fixture(scope='module')
@@ -132,8 +133,7 @@ def test_runs_killed_at_twenty_moments_end_with_the_losses_of_an_uninterrupted_o
     if killed % 2:                                     # mid-save, one way or another
       alive = until(processes, saving)
     else:
-      alive = until(processes, lambda: (tmp_path / 'metrics.jsonl').exists() and len(
-          lines(tmp_path)) and lines(tmp_path)[-1]['step'] > before + 2)
+      alive = until(processes, lambda wanted=before + 3: reaches(tmp_path, wanted))
     assert alive, ended(processes)
     time.sleep(random.uniform(0, .4) if killed % 2 == 0 else random.uniform(0, .02))
     processes[random.integers(2)].send_signal(signal.SIGKILL)
@@ -172,8 +172,7 @@ def test_a_preempted_host_stops_all_at_one_step_with_one_save(whom, cache, unint
   given, wanted = uninterrupted
   given = dict(given, workdir=str(tmp_path), save_every=100)
   processes = launch(cache, 2, given | dict(sleep=.1))
-  assert until(processes, lambda: (tmp_path / 'metrics.jsonl').exists()
-               and len(lines(tmp_path)) >= 5)
+  assert until(processes, lambda: reaches(tmp_path, 5))
   processes[whom].send_signal(signal.SIGTERM)
   said = finished(processes)
   at = losses(tmp_path).size
