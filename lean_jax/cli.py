@@ -56,8 +56,8 @@ def _parser():
   p.add_argument('--profile', metavar='FIRST:LAST', help='trace these steps of each training into '
                  'its folder, for XProf or TensorBoard')
   peers.add_arguments(p)
-  p = verb('plan', _plan, "a config's training step, compiled for devices that are not there: bytes, "
-           'operations, collectives, and whether it fits',
+  p = verb('plan', _plan, "a config's training step, compiled for devices that are not there: "
+           'bytes, operations, collectives, and whether it fits',
            'lean-jax plan --config=experiments/distill_70b.py --topology=v5e:16x16', folder=False)
   plan.add_arguments(p)
   p = verb('info', _info, 'what a model is: each weight, its kind, shape and bytes; without one, '

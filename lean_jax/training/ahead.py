@@ -14,7 +14,7 @@ def placed(params, mesh):
 
 
 def traced(loss_fn, params, tx, batch, mesh, *, trainable='.*', frozen=None, accumulate=1,
-           watched=loop.Watch()):
+           watched=loop.STOPS):
   """The traced step, and its arguments, as ShapeDtypeStructs.
 
   Args:

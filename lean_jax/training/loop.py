@@ -32,6 +32,9 @@ class Watch(NamedTuple):
   spike: float | None = None
 
 
+STOPS = Watch()
+
+
 def watch(on_nonfinite='stop', spike=None):
   """The Watch of settings.
 
@@ -47,7 +50,7 @@ def watch(on_nonfinite='stop', spike=None):
 
 def fit(loss_fn, params, batches, tx, *, steps, trainable='.*', frozen=None, mesh=None,
         accumulate=1, seed=0, hooks=(), checkpoints=None, settings=None, stop=lambda: False,
-        check_every=_CHECKED, watched=Watch(), warn=warnings.warn):
+        check_every=_CHECKED, watched=STOPS, warn=warnings.warn):
   """Trains the arrays of params whose names match `trainable`; the others stay as they are.
 
   Batch and key of a step follow from the step alone, so that a run resumed from a checkpoint ends

@@ -12,7 +12,8 @@ def steps_of(text):
   """
   first, colon, last = text.partition(':')
   if not (colon and first.isdecimal() and last.isdecimal() and 2 <= int(first) <= int(last)):
-    raise InputError(f'profile {text!r}; expected FIRST:LAST, steps from 2 on (the first is compiled), as 10:15')
+    raise InputError(f'profile {text!r}; expected FIRST:LAST, as 10:15, steps from 2 on: the first '
+                     'is compiled')
   return int(first), int(last)
 
 

@@ -15,7 +15,7 @@ from lean_jax.objectives.language_modeling import next_token
 from lean_jax.quantization.ema import averaged, has_averages
 from lean_jax.training import hosts
 from lean_jax.training.checkpoint import Checkpoints
-from lean_jax.training.loop import Watch, fit, watch
+from lean_jax.training.loop import STOPS, fit, watch
 from lean_jax.training.metrics import Metrics
 from lean_jax.training.optimizer import adamw
 from lean_jax.training.profile import Profile, steps_of
@@ -48,7 +48,7 @@ def train(module, params, batches, *, steps, teacher=None, losses=None, trainabl
       module, params, steps=steps, teacher=teacher, losses=losses, trainable=trainable,
       accumulate=accumulate, seed=seed, **schedule)
   watched = watch(on_nonfinite, spike)
-  if watched != Watch():                               # else as it always was: old runs go on
+  if watched != STOPS:                               # else as it always was: old runs go on
     settings |= dict(on_nonfinite=on_nonfinite, spike=spike)
   if profile is not None and folder is None:
     raise InputError(f'profile {profile!r} without a folder; give a workdir to write it to')

@@ -35,7 +35,7 @@ def launch(cache, count, given, *, devices=None):
       for k in range(count)]
 
 
-def ended(processes, limit=120):
+def ended(processes, limit=400):
   """[(exit code, what was printed)] of processes that end within some seconds."""
   end, out = time.monotonic() + limit, []
   try:
@@ -48,7 +48,7 @@ def ended(processes, limit=120):
   return out
 
 
-def finished(processes, limit=120):
+def finished(processes, limit=400):
   """What processes printed that all end well."""
   found = ended(processes, limit)
   assert [code for code, _ in found] == [0] * len(found), found
@@ -85,7 +85,7 @@ def ulps(a, b):
   return np.abs(a.view(np.int32).astype(np.int64) - b.view(np.int32))
 
 
-def until(processes, done, limit=120):
+def until(processes, done, limit=400):
   """Waits until `done()`; False if a process ended before."""
   end = time.monotonic() + limit
   while not done():

@@ -100,7 +100,7 @@ def test_one_process_agrees_with_itself():
 
 @pytest.mark.slow
 def test_four_hosts_compute_what_one_does(cache, alone, tmp_path):
-  finished(launch(cache, 4, dict(workdir=str(tmp_path), steps=6, mesh=MESH)), 300)
+  finished(launch(cache, 4, dict(workdir=str(tmp_path), steps=6, mesh=MESH)))
   same(tmp_path, alone)
 
 
@@ -109,8 +109,19 @@ def uninterrupted(cache, tmp_path_factory):
   """A run of two hosts that nothing ends: its settings and its losses."""
   folder = tmp_path_factory.mktemp('uninterrupted')
   given = dict(steps=40, mesh=MESH, save_every=2)
-  finished(launch(cache, 2, given | dict(workdir=str(folder))), 300)
+  finished(launch(cache, 2, given | dict(workdir=str(folder))))
   return given, losses(folder)
+
+
+def saving(folder, since):
+  """Whether there is a checkpoint that is not finished, and not of a run before."""
+  for path in folder.glob('checkpoints/*-tmp*'):
+    try:
+      if path.stat().st_mtime > since:
+        return True
+    except FileNotFoundError:                          # it is finished now
+      pass
+  return False
 
 
 @pytest.mark.slow
@@ -118,20 +129,19 @@ def test_runs_killed_at_twenty_moments_end_with_the_losses_of_an_uninterrupted_o
     cache, uninterrupted, tmp_path):
   given, wanted = uninterrupted
   given = dict(given, workdir=str(tmp_path), sleep=.1)
-  random, saving = np.random.default_rng(0), lambda: list(tmp_path.glob('checkpoints/*-tmp*'))
-  killed, reached = 0, []
+  random, killed, reached = np.random.default_rng(0), 0, []
   while killed < 20:
     before = lines(tmp_path)[-1]['step'] if (tmp_path / 'metrics.jsonl').exists() else 0
     reached.append(before)
     if before > len(wanted) - 8:                       # near its end: another run
-      finished(launch(cache, 2, given), 300)
+      finished(launch(cache, 2, given))
       np.testing.assert_array_equal(losses(tmp_path), wanted)
       shutil.rmtree(tmp_path)
       tmp_path.mkdir()
       continue
-    processes = launch(cache, 2, given)
+    processes, began = launch(cache, 2, given), time.time()
     if killed % 2:                                     # mid-save, one way or another
-      alive = until(processes, saving)
+      alive = until(processes, lambda began=began: saving(tmp_path, began))
     else:
       alive = until(processes, lambda wanted=before + 3: reaches(tmp_path, wanted))
     assert alive, ended(processes)
@@ -142,7 +152,7 @@ def test_runs_killed_at_twenty_moments_end_with_the_losses_of_an_uninterrupted_o
     assert time.monotonic() - died < STOPS
     assert 0 not in codes
     killed += 1
-  finished(launch(cache, 2, given), 300)
+  finished(launch(cache, 2, given))
   np.testing.assert_array_equal(losses(tmp_path), wanted)
   assert len(set(reached)) > 3                         # it went on
 
@@ -155,9 +165,9 @@ def test_on_other_hosts_and_devices_it_goes_on(count, devices, mesh, cache, unin
                                                tmp_path):
   given, wanted = uninterrupted
   given = dict(given, workdir=str(tmp_path), save_every=4)
-  finished(launch(cache, 2, given | dict(steps=40, die=None, stop_at=20)), 300)
+  finished(launch(cache, 2, given | dict(steps=40, die=None, stop_at=20)))
   assert losses(tmp_path).size == 20
-  finished(launch(cache, count, given | dict(mesh=mesh, sleep=0), devices=devices), 300)
+  finished(launch(cache, count, given | dict(mesh=mesh, sleep=0), devices=devices))
   found = losses(tmp_path)
   np.testing.assert_array_equal(found[:20], wanted[:20])
   steps = np.arange(1, 21)
@@ -199,11 +209,11 @@ def damage_flip(path):
 def test_all_hosts_pass_over_what_is_damaged_for_one(damage, host, cache, uninterrupted, tmp_path):
   given, wanted = uninterrupted
   given = dict(given, workdir=str(tmp_path))
-  finished(launch(cache, 2, given | dict(stop_at=20)), 300)
+  finished(launch(cache, 2, given | dict(stop_at=20)))
   files = [p for p in (tmp_path / 'checkpoints' / '20' / 'params').rglob('*')
            if f'ocdbt.process_{host}' in str(p) and p.parent.name == 'd']
   damage(max(files, key=lambda p: p.stat().st_size))
-  said = finished(launch(cache, 2, given), 300)
+  said = finished(launch(cache, 2, given))
   assert 'step 20:' in said[0] and 'went back to step 18' in said[0]
   assert 'went back' not in said[1]
   np.testing.assert_array_equal(losses(tmp_path), wanted)
@@ -217,5 +227,5 @@ def test_a_full_disk_ends_all_hosts_and_the_checkpoint_before_stays(cache, unint
   assert found[0][0] == 2 and 'no space left on the disk' in found[0][1]
   assert found[1][0] != 0
   assert max(int(p.name) for p in (tmp_path / 'checkpoints').glob('*') if p.name.isdecimal()) == 8
-  finished(launch(cache, 2, given), 300)
+  finished(launch(cache, 2, given))
   np.testing.assert_array_equal(losses(tmp_path), wanted)
