@@ -37,6 +37,7 @@ from lean_jax.quantization import mixed, rotation
 from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
+from lean_jax.training.stored import spread
 from lean_jax.weights.prepared import refuse_prepared
 
 ADAPTERS = ('lora', 'dora', 'vera', 'pissa', 'ia3')
@@ -210,6 +211,9 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   if format not in FORMATS:
     raise InputError(f'no format {format!r}; there are: {", ".join(FORMATS)}')
   refuse_prepared(model.params)
+  if format != 'lean' and spread(model.params):
+    raise InputError(f'format {format!r} of a model that is spread over several hosts; save it as '
+                     "'lean', and write that in another format on one")
   if format == 'gguf':
     if extra:
       raise InputError('a GGUF file has no other files in it; leave extra out')

@@ -28,13 +28,13 @@ HLO = '''HloModule m
 }
 
 ENTRY %main (x: f32[4]) -> f32[4] {
-  %w = (s32[], f32[4]) while(%t), condition=%condition, body=%body, backend_config={TRIPS}
+  %w = (s32[]) while(%t), condition=%condition, body=%body, {TRIPS}
   %r = s4[100]{0} reduce-scatter(%z), to_apply=%add
   ROOT %o = f32[4]{0} all-reduce(%e), to_apply=%add
 }
 '''.replace('TRIPS', '"known_trip_count":{"n":"10"}')
 
-MESSAGE = '''RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
+MESSAGE = '''RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.
 Used 35.80G of 15.75G hbm. Exceeded hbm capacity by 20.05G.
 Total hbm usage >= 36.05G:
     reserved        258.00M

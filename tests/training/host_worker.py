@@ -20,6 +20,7 @@ from lean_jax.errors import LeanError, Preempted
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.training import hosts, recipe
 from lean_jax.training import mesh as meshes
+from lean_jax.training.checkpoint import save_model
 
 TEACHER = DecoderConfig(vocabulary=48, width=16, layers=2, heads=2, groups=2, head_width=8,
                         hidden=32, context=16)
@@ -42,11 +43,11 @@ def run(given):
   Args:
     given: workdir, steps, mesh; settings of `recipe.train`; and what befalls the run: `sleep`,
       seconds after each step; `die`, [host, step]; `stop_at`, a step; `full_at`, the step whose
-      save finds a full disk.
+      save finds a full disk; `model`, where the finished one is saved by all.
   """
   given, at = dict(given), [0]
-  sleep, die, stop_at, full_at = (given.pop(k, None) for k in ('sleep', 'die', 'stop_at',
-                                                                'full_at'))
+  sleep, die, stop_at, full_at, model = (given.pop(k, None) for k in (
+      'sleep', 'die', 'stop_at', 'full_at', 'model'))
 
   def hook(step, metrics):
     at[0] = step
@@ -60,6 +61,8 @@ def run(given):
       STUDENT.module, initial(STUDENT, 0), Batches(windows(), given.pop('batch', 8), 0),
       peak=1e-2, teacher=(TEACHER.module, initial(TEACHER, 1)), mesh=mesh, log_every=1,
       folder=given.pop('workdir'), hooks=(hook,), stop=lambda: at[0] + 1 == stop_at, **given)
+  if model:
+    save_model(model, params, {})
   return hosts.local(params)
 
 

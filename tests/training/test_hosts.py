@@ -10,6 +10,7 @@ import pytest
 from lean_jax import peers
 from lean_jax.errors import InputError
 from lean_jax.training import hosts
+from lean_jax.training.checkpoint import load_model
 from tests.training import host_worker
 from tests.training.hosts_run import (
   ended,
@@ -57,8 +58,11 @@ def test_two_hosts_of_which_one_dies_and_all_start_again_compute_what_one_does(
   assert time.monotonic() - died < STOPS and code != 0, said
   assert not (tmp_path / 'params.npz').exists()
   assert (tmp_path / 'checkpoints' / '3').is_dir()
-  finished(launch(cache, 2, given))
+  finished(launch(cache, 2, given | dict(model=str(tmp_path / 'model'))))
   same(tmp_path, alone)
+  for saved, wanted in zip(jax.tree.leaves(load_model(tmp_path / 'model')[0]), params(tmp_path),
+                           strict=True):
+    np.testing.assert_array_equal(saved, wanted)
 
 
 def test_hosts_with_other_settings_all_say_what_differs(cache, tmp_path):
