@@ -33,8 +33,7 @@ def collectives(text):
         count, size = found.get(kind, (0, 0))
         found[kind] = count + times, size + times * _result_bytes(result, operation)
       if operation in ('while', 'fusion', 'call', 'conditional', 'async-start'):
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-        n = int(trips[1]) if trips and operation == 'while' else 1
+        n = _trips(line, bodies) if operation == 'while' else 1
         for several, one in _CALLED.findall(line):
           for called in (several or one).split(','):
             visit(called.strip().lstrip('%'), times * n)
@@ -103,6 +102,17 @@ def explained(error):
   out = dict(used=_bytes(found[1], found[2]), limit=_bytes(found[3], found[4]))
   given = re.search(r'arguments\s+([\d.]+)([KMGT]?)', text)
   return out if given is None else dict(out, arguments=_bytes(given[1], given[2]))
+
+
+def _trips(line, bodies):
+  """How often a loop runs: what the compiler notes, or what its counter is compared with."""
+  noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+  if noted:
+    return int(noted[1])
+  condition = re.search(r'condition=%?([\w.\-]+)', line)
+  found = [int(n) for test in bodies.get(condition[1] if condition else None, ())
+           for n in re.findall(r'= s32\[\][^=]*? constant\((\d+)\)', test)]
+  return max(found, default=1)
 
 
 def _computations(text):

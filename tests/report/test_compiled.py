@@ -1,6 +1,7 @@
 """What is read off programs: products, collectives, what is whole, and why they do not fit."""
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lean_jax.report import compiled
@@ -34,6 +35,9 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 }
 '''.replace('TRIPS', '"known_trip_count":{"n":"10"}')
 
+TPU = HLO.replace(', "known_trip_count":{"n":"10"}', '').replace(
+    '  ROOT %c = pred[] compare', '  %n = s32[]{:T(128)} constant(10)\n  ROOT %c = pred[] compare')
+
 MESSAGE = '''RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.
 Used 35.80G of 15.75G hbm. Exceeded hbm capacity by 20.05G.
 Total hbm usage >= 36.05G:
@@ -42,8 +46,9 @@ Total hbm usage >= 36.05G:
     arguments        15.80G'''
 
 
-def test_collectives_count_as_often_as_their_loop_runs():
-  assert compiled.collectives(HLO) == {
+@pytest.mark.parametrize('text', [HLO, TPU], ids=['noted', 'compared'])
+def test_collectives_count_as_often_as_their_loop_runs(text):
+  assert compiled.collectives(text) == {
       'all-gather': (20, 10 * (64 + 256)), 'all-reduce': (1, 16), 'reduce-scatter': (1, 50)}
 
 
