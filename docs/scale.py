@@ -52,8 +52,9 @@ def page(found):
   text = INTRODUCTION.format(versions=versions('jax', 'libtpu'))
   text += markdown(TITLES, [row(title, f) for title, f in found.items()])
   text += '''
-Products of a step on one device, in TFLOP; those without what is computed again (remat); and what
-chips tell each other: how often a step, and GiB of results on one device.
+Products of a step on one device, in TFLOP, as it is traced: with what is computed again (remat), and
+before the compiler drops what nobody needs; those of the model alone; and what chips tell each
+other: how often a step, and GiB of results on one device.
 
 '''
   kinds = [k for f in found.values() for k in f.get('collectives', {})]

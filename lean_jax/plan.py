@@ -51,8 +51,8 @@ def lines(found):
   else:
     given = f', of which arguments {gib(found["arguments"])}' if 'arguments' in found else ''
     yield (f'a device: the compiler needs {gib(found["used"])} GiB of {gib(limit)}{given}')
-  yield (f'products: {found["operations"] / 1e12:.2f} TFLOP a device and step, '
-         f'{found["model_operations"] / 1e12:.2f} without what is computed again')
+  yield (f'products: {found["operations"] / 1e12:.2f} TFLOP a device and step as traced, '
+         f'{found["model_operations"] / 1e12:.2f} of the model alone')
   for kind, (count, size) in found.get('collectives', {}).items():
     yield f'{kind}: {count:,} a step, {gib(size)} GiB on a device'
   rows = found['replicated']

@@ -30,8 +30,8 @@ def plan(config, devices, platform, name=None):
 
   Returns:
     dict: variant, mesh, devices, device, tokens (a step), parameters, trained; fits; limit (bytes
-    of a device, where known); seconds (of compiling); operations (of a device, a step),
-    model_operations (without what is computed again); replicated, [(array, bytes, axis)]. If it
+    of a device, where known); seconds (of compiling); operations (of a device, a step, as traced),
+    model_operations (of them, of the model alone); replicated, [(array, bytes, axis)]. If it
     compiles: arguments, temporaries, output, alias, total (bytes of a device), collectives,
     {kind: (count, bytes)}. If it does not fit: used, and arguments if the compiler says.
 

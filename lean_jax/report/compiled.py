@@ -44,7 +44,8 @@ def collectives(text):
 def operations(jaxpr):
   """Operations of all products of a traced program, on all devices, two for a multiply-add.
 
-  What is computed again for the gradient counts again. A scan counts as often as it runs; a loop
+  What is computed again for the gradient counts again, and so does what the compiler will find that
+  nobody needs. A scan counts as often as it runs; a loop
   without a known end counts once; a kernel counts what it says of itself.
   """
   total = 0
