@@ -52,8 +52,8 @@ def page(found):
   text = INTRODUCTION.format(versions=versions('jax', 'libtpu'))
   text += markdown(TITLES, [row(title, f) for title, f in found.items()])
   text += '''
-Products of a step on one device, in TFLOP, as it is traced: with what is computed again (remat), and
-before the compiler drops what nobody needs; those of the model alone; and what chips tell each
+Products of a step on one device, in TFLOP, as it is traced: with what is computed again (remat),
+and before the compiler drops what nobody needs; those of the model alone; and what chips tell each
 other: how often a step, and GiB of results on one device.
 
 '''
