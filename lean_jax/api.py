@@ -60,6 +60,7 @@ from lean_jax.training import finetune as tuning
 from lean_jax.training import mesh as meshes
 from lean_jax.training import recipe
 from lean_jax.training.checkpoint import load_model, save_model
+from lean_jax.training.stored import spread
 from lean_jax.weights.beside import refuse_beside
 from lean_jax.weights.prepared import refuse_prepared
 
@@ -243,6 +244,9 @@ def save(model: Model, folder, *, format: str = 'lean', overwrite: bool = False,
   refuse_prepared(model.params)
   if format != 'lean':
     refuse_beside(model.params, f'written as {format}')
+  if format != 'lean' and spread(model.params):
+    raise InputError(f'format {format!r} of a model that is spread over several hosts; save it as '
+                     "'lean', and write that in another format on one")
   if format == 'gguf':
     if extra:
       raise InputError('a GGUF file has no other files in it; leave extra out')
@@ -949,7 +953,7 @@ def _batches(model, data, batch, seed, window, field, cache):
     if window is not None or cache is not None:
       raise InputError('completions with a window or a cache; they have a length of their own, and '
                        'caches are of text alone: leave both out')
-    yield data.batches(batch, seed)
+    yield Batches(data, batch, seed)
     return
   window = window or (min(model.config.context, 512) if cache is None else cache.length)
   with packed_windows(data, 'train', model, window, field) as windows:

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 
-from lean_jax import console, finetuning, shrink, tune
+from lean_jax import console, finetuning, peers, plan, shrink, tune
 from lean_jax.errors import InputError, LeanError, Preempted
 from lean_jax.version import __version__
 
@@ -17,7 +17,7 @@ def main(argv=None):
   """Runs one verb and returns the exit code."""
   parser = _parser()
   arguments, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-  if rest and arguments.verb not in ('demo', 'run'):
+  if rest and arguments.verb not in ('demo', 'run', 'plan'):
     parser.error(f'unrecognized arguments: {" ".join(rest)}')
   try:
     return arguments.run(arguments, rest) or 0
@@ -53,6 +53,13 @@ def _parser():
            '--workdir=tiny', folder=False)
   p.add_argument('--workdir', required=True, help='everything made goes here')
   p.add_argument('--json', action='store_true', help='print the report as JSON')
+  p.add_argument('--profile', metavar='FIRST:LAST', help='trace these steps of each training into '
+                 'its folder, for XProf or TensorBoard')
+  peers.add_arguments(p)
+  p = verb('plan', _plan, "a config's training step, compiled for devices that are not there: "
+           'bytes, operations, collectives, and whether it fits',
+           'lean-jax plan --config=experiments/distill_70b.py --topology=v5e:16x16', folder=False)
+  plan.add_arguments(p)
   p = verb('info', _info, 'what a model is: each weight, its kind, shape and bytes; without one, '
            'what this machine runs', 'lean-jax info DIR', folder=False)
   p.add_argument('folder', metavar='DIR', nargs='?', help='a Hugging Face or lean_jax model '
@@ -95,15 +102,20 @@ def _demo(arguments, rest):
   spec = importlib.util.find_spec('lean_jax.experiments.lean_pipeline')
   if any(x == '--config' or x.startswith('--config=') for x in rest):
     raise InputError('demo has its own config; for another use: lean-jax run --config=FILE')
+  arguments.profile = arguments.hosts = arguments.coordinator = arguments.host = None
   return _run(arguments, [f'--config={spec.origin}', *rest])
 
 
 def _run(arguments, rest):
   config = _config(rest)
+  peers.start(arguments)
   from lean_jax.pipeline.run import run
   from lean_jax.report import table
-  report = run(config, arguments.workdir)
+  from lean_jax.training import hosts
+  report = run(config, arguments.workdir, profile=arguments.profile)
   failed = [c['name'] for c in report['claims'] if not c['passed']]
+  if not hosts.first():
+    return 1 if failed else 0
   if arguments.json:
     print(json.dumps(report))
   else:
@@ -121,6 +133,10 @@ def _run(arguments, rest):
   return 1 if failed else 0
 
 
+def _plan(arguments, rest):
+  return plan.run(arguments, lambda: _config(rest), _console())
+
+
 def _config(rest):
   """The ConfigDict that --config=FILE and --config.KEY=VALUE make."""
   from absl import flags
@@ -134,7 +150,7 @@ def _config(rest):
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
     raise InputError(f'config: {error}') from error
   if left[1:]:
-    raise InputError(f'unrecognized arguments: {" ".join(left[1:])}; see lean-jax run --help')
+    raise InputError(f'unrecognized arguments: {" ".join(left[1:])}; see lean-jax --help')
   return values.config
 
 

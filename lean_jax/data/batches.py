@@ -18,18 +18,14 @@ class Batches:
 
   Attributes:
     windows: at least one batch of them; or `examples.ExampleWindows`.
-    batch: windows a step, over all hosts.
+    batch: windows a step.
     seed: of the order, 0 to 2**32 - 1.
     shuffle: False keeps the windows in order.
-    host, hosts: this process's number and how many there are; host p has rows [p::hosts] of the
-      global batch, which is the same for any number of hosts.
   """
   windows: Windows
   batch: int
   seed: int
   shuffle: bool = True
-  host: int = 0
-  hosts: int = 1
 
   def __post_init__(self):
     if self.batch < 1 or len(self.windows) < self.batch:
@@ -37,18 +33,18 @@ class Batches:
           f'a batch of {self.batch} windows needs {self.batch * self.windows.length} tokens, the '
           f'corpus has {self.windows.tokens}; give more text, or a batch from 1 to '
           f'{len(self.windows)}')
-    if self.hosts < 1 or self.batch % self.hosts:
-      raise InputError(f'{self.hosts} hosts do not divide a batch of {self.batch}; give a multiple '
-                       'of the hosts')
-    if not 0 <= self.host < self.hosts:
-      raise InputError(f'host {self.host} of {self.hosts}; give one from 0 to {self.hosts - 1}')
     if not 0 <= self.seed < 1 << 32:
       raise InputError(f'seed {self.seed}; give one from 0 to {(1 << 32) - 1}')
 
   @property
   def fingerprint(self) -> str:
-    """What the batches of all hosts are a function of."""
+    """What the batches are a function of."""
     return f'{self.windows.fingerprint} {self.batch} {self.seed} {self.shuffle}'
+
+  @property
+  def length(self) -> int:
+    """Tokens of a row."""
+    return self.windows.length
 
   @functools.cached_property
   def _order(self):
@@ -56,17 +52,20 @@ class Batches:
     order = grain.MapDataset.range(len(self.windows)).seed(self.seed)
     return (order.shuffle() if self.shuffle else order).repeat()
 
-  def rows(self, step) -> np.ndarray:
-    """The indices of the windows in this host's part of a step's batch."""
+  def rows(self, step, which=slice(None)) -> np.ndarray:
+    """The indices of the windows in a step's batch; of its rows `which` if given."""
     if step < 0:
       raise InputError(f'step {step}; steps begin at 0')
-    first = int(step) * self.batch
-    return np.array([self._order[i] for i in range(first + self.host, first + self.batch,
-                                                   self.hosts)])
+    wanted = int(step) * self.batch + np.arange(self.batch)[which]
+    return np.array([self._order[int(i)] for i in wanted])
 
   def __getitem__(self, step) -> dict[str, np.ndarray]:
-    """tokens: [batch / hosts, length], int32; and what else the windows have, see their `batch`."""
-    return self.windows.batch(self.rows(step))
+    """What the windows' `batch` gives of a step's rows: tokens, [batch, length] int32."""
+    return self.part(step, slice(None))
+
+  def part(self, step, rows) -> dict[str, np.ndarray]:
+    """Some rows of a step's batch: what a host reads of it."""
+    return self.windows.batch(self.rows(step, rows))
 
 
 def sequential(windows: Windows, batch) -> Iterator[dict[str, np.ndarray]]:

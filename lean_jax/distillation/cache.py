@@ -260,8 +260,18 @@ class LabelledBatches:
     """What the batches of all hosts are a function of."""
     return f'{self.batches.fingerprint} {self.cache.teacher} {self.cache.k}'
 
+  @property
+  def batch(self) -> int:
+    """Windows a step."""
+    return self.batches.batch
+
+  @property
+  def length(self) -> int:
+    """Tokens of a row."""
+    return self.batches.length
+
   def rows(self, step) -> np.ndarray:
-    """The indices of the windows in this host's part of a step's batch."""
+    """The indices of the windows in a step's batch."""
     return self.batches.rows(step)
 
   def __getitem__(self, step) -> dict[str, np.ndarray]:
@@ -270,10 +280,14 @@ class LabelledBatches:
     All others' probability is the last, unless k is the vocabulary. A window's last token predicts
     nothing of it and has some labels, which no loss counts.
     """
-    ids, log_probs = self.cache.labels(self.rows(step))
+    return self.part(step, slice(None))
+
+  def part(self, step, rows) -> dict[str, np.ndarray]:
+    """Some rows of a step's batch: what a host reads of it."""
+    ids, log_probs = self.cache.labels(self.batches.rows(step, rows))
     last = np.broadcast_to(np.arange(ids.shape[2], dtype=np.int32), (len(ids), 1, ids.shape[2]))
     even = np.full((len(ids), 1, log_probs.shape[2]), -np.log(log_probs.shape[2]), np.float32)
-    return dict(self.batches[step]) | {
+    return dict(self.batches.part(step, rows)) | {
         IDS: np.concatenate([ids, last], 1), LOG_PROBS: np.concatenate([log_probs, even], 1)}
 
 

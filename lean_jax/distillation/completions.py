@@ -6,7 +6,6 @@ import hashlib
 import numpy as np
 
 from lean_jax.data import reading
-from lean_jax.data.batches import Batches
 from lean_jax.data.text import parsed
 from lean_jax.errors import InputError
 from lean_jax.generation.text import encoded, is_chat, reads
@@ -45,21 +44,12 @@ class Completions:
       digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()
 
-  def batches(self, batch, seed, **settings) -> 'CompletionBatches':
-    """Endless batches: settings are of `Batches`."""
-    return CompletionBatches(self, batch, seed, **settings)
-
-
-class CompletionBatches(Batches):
-  """`Batches` of Completions."""
-
-  def __getitem__(self, step):
+  def batch(self, rows):
     """tokens, mask and labels, [B T]: see `objectives.forward`. Labels are the token after each
     where that is of a completion, else -1; what fills a row up is masked.
     """
-    rows, data = self.rows(step), self.windows
-    tokens, at = data.array[rows].astype(np.int32), np.arange(data.length)[None]
-    begins, ends = data.begins[rows, None], data.ends[rows, None]
+    tokens, at = self.array[rows].astype(np.int32), np.arange(self.length)[None]
+    begins, ends = self.begins[rows, None], self.ends[rows, None]
     learned = (begins <= at + 1) & (at + 1 < ends)
     labels = np.where(learned, np.roll(tokens, -1, axis=1), -1).astype(np.int32)
     return dict(tokens=tokens, mask=at < ends, labels=labels)

@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import struct
 
 from lean_jax.errors import InputError
+from lean_jax.kernels.platforms import device
 from lean_jax.models.kinds import FEED_FORWARDS, MIXERS
 from lean_jax.models.prefix import prefix_of
 from lean_jax.models.segments import segments, uniform
@@ -28,7 +29,7 @@ from lean_jax.nn.rope_scaling import LongRope
 from lean_jax.nn.rounded import Rounding
 from lean_jax.nn.taps import STATES, TAPS
 
-UNROLL = 4                    # layers in the scan's body: on a CPU the loop itself costs a fifth
+UNROLL = 4                    # layers in the scan's body on a CPU, where the loop costs a fifth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +323,8 @@ def segment_module(config, segment, initializing, **kw):
   scanned = nn.scan(
       cls, variable_axes=dict.fromkeys(('params', 'losses', *TAPS), 0),
       split_rngs={'params': True}, in_axes=(0, nn.broadcast), length=segment.count,
-      unroll=1 if initializing else max(1, min(segment.count, UNROLL // len(kinds))),
+      unroll=1 if initializing or device.platform() != 'cpu' else max(
+          1, min(segment.count, UNROLL // len(kinds))),
       metadata_params={nn.PARTITION_NAME: 'layers'})
   return scanned(config, *args, **kw)
 

@@ -1,4 +1,6 @@
 """An experiment from its config to its report; what is done already is not done again."""
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -19,18 +21,23 @@ from lean_jax.pipeline.measure import measure
 from lean_jax.report.pareto import pareto
 from lean_jax.report.progress import Bars
 from lean_jax.report.table import markdown_report
+from lean_jax.training import hosts
 from lean_jax.training.mesh import make_mesh
 from lean_jax.training.signals import termination
 from lean_jax.version import __version__
 
 
-def run(config, workdir, bars=None):
+def run(config, workdir, bars=None, profile=None):
   """Runs an experiment in a folder, or goes on with it there.
+
+  On several hosts all call this, with a folder that all see. A variant trains on the mesh of them;
+  the first one measures it, on a device of its own, and writes it and the report.
 
   Args:
     config: a ConfigDict, as experiments/lean_pipeline.py makes.
     workdir: a folder for everything that the run makes.
     bars: report.progress.Bars; None makes one on stderr.
+    profile: None, or '10:15', the steps of each training to trace into its folder.
 
   Returns:
     The report: dict(variants, claims, sample, settings, versions), as in workdir/report.json.
@@ -39,7 +46,9 @@ def run(config, workdir, bars=None):
     InputError: something in the config cannot be used, or the folder holds a run with another.
     Preempted: SIGTERM came; the same call goes on from there.
   """
-  workdir, bars = pathlib.Path(workdir), bars or Bars()
+  workdir, bars = pathlib.Path(workdir), bars or Bars(quiet=not hosts.first())
+  hosts.agree('config', dict(config=json.loads(json.dumps(config.to_dict())), lean_jax=__version__,
+                             jax=jax.__version__))
   mesh = make_mesh(**dict(config.mesh))
   teacher = api.load(config.teacher) if config.teacher else None
   if teacher and config.data.window > teacher.config.context:
@@ -55,13 +64,15 @@ def run(config, workdir, bars=None):
     models, figures = {}, []
     for variant in map(dict, config.variants):
       model, found = _variant(variant, models, teacher, tokenizer, windows, config, mesh, workdir,
-                              bars, stop)
+                              bars, stop, profile)
       models[variant['name']] = model
       figures.append(found)
   checked = claims.check(config.claims, figures)
   report = dict(variants=figures, claims=checked, sample=_sample(config.sample, models),
                 settings=settings, versions=versions())
-  _write(report, workdir)
+  if hosts.first():
+    _write(report, workdir)
+  hosts.barrier('the report is written')
   return report
 
 
@@ -79,35 +90,49 @@ def _source(c):
 
 
 def _settle(config, workdir, corpora):
-  """The settings, written on the first run and compared on each later one."""
+  """The settings, written on the first run and compared on each later one, but for the mesh."""
   settings = json.loads(json.dumps(dict(config.to_dict(), corpora=[
       s.fingerprint for s in corpora])))
+  hosts.agree('texts', settings['corpora'])
   path = workdir / 'settings.json'
   if path.exists():
     before = json.loads(path.read_text())
-    other = sorted(k for k in settings.keys() | before.keys()
+    other = sorted(k for k in (settings.keys() | before.keys()) - {'mesh'}
                    if settings.get(k) != before.get(k))
     if other:
       raise InputError(f'{workdir} holds a run with another {", ".join(other)}; choose another '
                        '--workdir, or remove that one')
     return settings
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_text(path, json.dumps(settings, indent=2))
+  hosts.barrier('settings are compared')
+  if hosts.first():
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(settings, indent=2))
   return settings
 
 
 def _tokenizer(config, source, workdir, bars):
   folder = workdir / 'tokenizer'
-  if (folder / 'tokenizer_config.json').exists():
-    return load_tokenizer(folder)
-  with bars.bar('train tokenizer') as update:
-    texts = [d.text for d in source.documents('train')]
-    made = train_bpe(texts, config.tokenizer.vocabulary,
-                     lambda done, total, what: update(done, total))
-    update(len(texts), note=f'{made.size} tokens, from {sum(map(len, texts)) / 1e6:.1f} MB')
-  folder.mkdir(parents=True, exist_ok=True)
-  made.save(folder)
-  return made
+  with _first_alone('the tokenizer is trained'):
+    if (folder / 'tokenizer_config.json').exists():
+      return load_tokenizer(folder)
+    with bars.bar('train tokenizer') as update:
+      texts = [d.text for d in source.documents('train')]
+      made = train_bpe(texts, config.tokenizer.vocabulary,
+                       lambda done, total, what: update(done, total))
+      update(len(texts), note=f'{made.size} tokens, from {sum(map(len, texts)) / 1e6:.1f} MB')
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(folder)
+    return made
+
+
+@contextlib.contextmanager
+def _first_alone(what):
+  """The first host goes through the block before the others, who find what it wrote."""
+  if not hosts.first():
+    hosts.barrier(what)
+  yield
+  if hosts.first():
+    hosts.barrier(what)
 
 
 def _windows(config, main, domain, tokenizer, cache, bars):
@@ -117,7 +142,7 @@ def _windows(config, main, domain, tokenizer, cache, bars):
   for name, source, split, tokens in (
       ('main', main, 'train', c.train_tokens), ('test', main, 'test', c.test_tokens),
       ('domain', domain, 'train', d.train_tokens), ('domain_test', domain, 'test', d.test_tokens)):
-    with bars.bar(f'pack {name}') as update:
+    with bars.bar(f'pack {name}') as update, _first_alone(f'{name} is packed'):
       out[name] = pack(source, split, tokenizer, c.window, cache, max_tokens=tokens,
                        progress=update)
       update(out[name].bytes, note=f'{out[name].tokens:,} tokens of {out[name].documents} '
@@ -125,12 +150,13 @@ def _windows(config, main, domain, tokenizer, cache, bars):
   return out
 
 
-def _variant(variant, models, teacher, tokenizer, windows, config, mesh, workdir, bars, stop):
+def _variant(variant, models, teacher, tokenizer, windows, config, mesh, workdir, bars, stop,
+             profile):
   """A variant and its figures: made, or found finished in the work directory."""
   name = variant['name']
   folder, scratch = workdir / 'variants' / name, workdir / 'training' / name
   done = folder / 'figures.json'
-  if done.exists():
+  if hosts.of_first(done.exists()):
     bars.line(name, 'done before')
     return api.load(folder), json.loads(done.read_text())
   if stop():
@@ -138,15 +164,19 @@ def _variant(variant, models, teacher, tokenizer, windows, config, mesh, workdir
   if variant['start'] == 'teacher' and not models and config.teacher:
     variant = variant | dict(phase=None)
   model = variants.begin(variant, models, teacher, tokenizer, config.seed)
-  model, seconds = variants.make(variant, model, models, windows, config, mesh, scratch, bars, stop)
-  with bars.bar(f'measure {name}') as update:
-    found = dict(name=name, train_seconds=seconds) | measure(
-        model, windows['test'], windows['domain_test'] if variant.get('domain') else None,
-        dict(config.speed), update)
-    update(1, 1, f'perplexity {found["perplexity"]:.3f}, {found["bytes"]:,} bytes')
-  api.save(model, folder, extra={'figures.json': json.dumps(found, indent=2)})
-  shutil.rmtree(scratch / 'checkpoints', ignore_errors=True)
-  return model, found
+  model, seconds = variants.make(variant, model, models, windows, config, mesh, scratch, bars, stop,
+                                 profile)
+  model = dataclasses.replace(model, params=hosts.local(model.params))
+  if hosts.first():
+    with bars.bar(f'measure {name}') as update:
+      found = dict(name=name, train_seconds=seconds) | measure(
+          model, windows['test'], windows['domain_test'] if variant.get('domain') else None,
+          dict(config.speed), update)
+      update(1, 1, f'perplexity {found["perplexity"]:.3f}, {found["bytes"]:,} bytes')
+    api.save(model, folder, extra={'figures.json': json.dumps(found, indent=2)})
+    shutil.rmtree(scratch / 'checkpoints', ignore_errors=True)
+  hosts.barrier(f'{name} is measured')
+  return model, json.loads(done.read_text())
 
 
 def _sample(c, models):

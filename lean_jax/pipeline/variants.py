@@ -16,18 +16,37 @@ from lean_jax.errors import InputError
 from lean_jax.models.decoder import Decoder
 from lean_jax.models.families import FAMILIES
 from lean_jax.report import progress
-from lean_jax.training.recipe import train
+from lean_jax.training import recipe
 
 SAMPLES, BATCH = 64, 8         # training windows that methods are calibrated on
 
 
 def begin(variant, models, teacher, tokenizer, seed):
+  """The model that a variant starts from; args as of `_begun`."""
+  model = _begun(variant, models, teacher, tokenizer, seed)
+  config, params = cast(variant, model.config, model.params)
+  return dataclasses.replace(model, config=config, params=params)
+
+
+def cast(variant, config, params):
+  """(config, params) with the variant's `dtype`, if it has one; of arrays or of shapes."""
+  dtype = variant.get('dtype')
+  if dtype is None:
+    return config, params
+  one = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+  each = one if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)) else (
+      lambda x: jax.eval_shape(one, x))
+  return dataclasses.replace(config, dtype=dtype), jax.tree.map(each, params)
+
+
+def _begun(variant, models, teacher, tokenizer, seed):
   """The model that a variant starts from.
 
   Args:
     variant: dict with `start`: 'teacher' on the first variant (the loaded one, or a fresh one),
-      'random' (a fresh one of the teacher's shape), or an earlier variant's name; and `keep`,
-      'half' or a number of layers.
+      'random' (a fresh one of the teacher's shape), or an earlier variant's name; `keep`, 'half' or
+      a number of layers; with a random start `model`, what of its config is otherwise; and `dtype`,
+      which its weights and activations are brought to.
     models: {name: Model} of the variants so far.
     teacher: a Model, or the DecoderConfig of one to train.
   """
@@ -44,15 +63,20 @@ def begin(variant, models, teacher, tokenizer, seed):
   if start not in ('teacher', 'random'):
     raise InputError(f"variant {variant['name']!r} starts from {start!r}; expected 'random' or an "
                      f"earlier variant: {', '.join(models) or 'none yet'}")
-  config = teacher.config if isinstance(teacher, Model) else teacher
-  if keep is not None:
-    config = dataclasses.replace(config, layers=_layers(config, keep))
+  config = fresh(variant, teacher.config if isinstance(teacher, Model) else teacher)
   tokens = jnp.zeros((1, 8), jnp.int32)
   params = jax.jit(Decoder(config).init)(jax.random.key(seed), tokens)['params']
   return Model(FAMILIES['llama'], config, params, tokenizer)
 
 
-def make(variant, model, models, windows, c, mesh, folder, bars, stop):
+def fresh(variant, teacher):
+  """The config of a variant that starts at random, from that of the teacher."""
+  config = dataclasses.replace(teacher, **dict(variant.get('model') or {}))
+  keep = variant.get('keep')
+  return config if keep is None else dataclasses.replace(config, layers=_layers(config, keep))
+
+
+def make(variant, model, models, windows, c, mesh, folder, bars, stop, profile=None):
   """A variant from its start: methods, training, methods.
 
   Returns:
@@ -68,24 +92,22 @@ def make(variant, model, models, windows, c, mesh, folder, bars, stop):
     phase, settings = c.phases[variant['phase']], dict(c.training)
     batch = settings.pop('batch')
     teacher = models[variant['teacher']] if variant.get('teacher') else None
-    batches = Batches(_data(variant, windows, teacher, c), batch, c.seed,
-                      host=jax.process_index(), hosts=jax.process_count())
+    batches = Batches(_data(variant, windows, teacher, c), batch, c.seed)
+    shown = teacher and (teacher.module, teacher.params)
+    rates = recipe.rates_of(model.module, model.params, batches, None, shown, mesh, phase.steps)
     with bars.bar(f'train {variant["name"]}', phase.steps) as update:
-      params, seconds = train(
-          model.module, model.params, batches, steps=phase.steps, peak=phase.peak,
-          teacher=teacher and (teacher.module, teacher.params),
-          losses=_losses(c.distillation) if teacher else None,
-          on_policy=_on_policy(c.distillation, teacher), mesh=mesh, seed=c.seed,
-          folder=folder, stop=stop,
-          hooks=(progress.training(update, phase.steps, batch * windows['main'].length),),
-          **settings)
+      params, seconds = recipe.train(
+          model.module, model.params, batches, steps=phase.steps, peak=phase.peak, teacher=shown,
+          losses=losses(c.distillation) if teacher else None,
+          on_policy=_on_policy(c.distillation, teacher), mesh=mesh, seed=c.seed, folder=folder,
+          stop=stop, profile=profile, hooks=(progress.training(update, rates),), **settings)
     model = dataclasses.replace(model, params=params)
   done = applied(model, 'finish')
   _tell_merged(variant, model.params, done.params, bars)
   return done, seconds
 
 
-def _losses(c):
+def losses(c):
   """The list of losses of a config: `losses`, or the temperature and soft_weight of two."""
   return c.losses if 'losses' in c else soft_and_hard(
       **{k: v for k, v in c.items() if k != 'on_policy'})

@@ -1,5 +1,6 @@
 """Live progress on the console, one bar a step of the work."""
 import contextlib
+import datetime
 import time
 
 from rich.console import Console
@@ -16,11 +17,11 @@ from rich.progress import (
 class Bars:
   """Bars of what runs now; each leaves one line when it is done.
 
-  On a console that is no terminal only those lines are printed.
+  On a console that is no terminal only those lines are printed; if `quiet`, not even they.
   """
 
-  def __init__(self, console=None):
-    self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+  def __init__(self, console=None, quiet=False):
+    self.console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
 
   @contextlib.contextmanager
   def bar(self, title, total=None):
@@ -45,23 +46,24 @@ class Bars:
     self.console.print(f'{title:<34} {text}', markup=False)
 
 
-def training(update, steps, tokens, every=10):
-  """A hook of `fit` that shows the losses and tokens a second.
+def training(update, rates, every=10):
+  """A hook of `fit` that shows each loss, tokens a second, and the rest that `rates` knows.
 
   Args:
     update: of a bar.
-    steps: in all.
-    tokens: a step.
+    rates: of `training.rates.Rates`.
   """
-  since = []                             # when and at which step the rate was last looked at
-
   def hook(step, metrics):
-    now = time.monotonic()
-    since[:] = since or (now, step)        # the first step's time is compilation
-    if step % every and step != steps:
+    rates.begin(step)
+    if step % every and step != rates.steps:
       return
-    rate = (step - since[1]) * tokens / max(now - since[0], 1e-9)
-    since[:] = now, step
     terms = '  '.join(f'{k} {float(v):.3f}' for k, v in metrics.items())
-    update(step, steps, f'{terms}  {rate:,.0f} tokens/s')
+    found = rates(step)
+    said = [f'{found["tokens_per_second"]:,.0f} tokens/s'] if 'tokens_per_second' in found else []
+    said += [f'MFU {found["mfu"]:.1%}'] if 'mfu' in found else []
+    if 'device_memory_bytes' in found:
+      said += [f'{found["device_memory_bytes"] / 2 ** 30:.1f} GiB']
+    if found.get('seconds_left', 0) >= 1:
+      said += [f'{datetime.timedelta(seconds=round(found["seconds_left"]))} left']
+    update(step, rates.steps, f'{terms}  {"  ".join(said)}')
   return hook

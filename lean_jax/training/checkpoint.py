@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from lean_jax import files
 from lean_jax.errors import InputError
-from lean_jax.training import stored
+from lean_jax.training import hosts, stored
 from lean_jax.training.digest import digest
 from lean_jax.tree import named_arrays
 from lean_jax.weights.description import abstract, describe, difference
@@ -25,7 +25,11 @@ _UNFINISHED = '*.orbax-checkpoint-tmp*'
 
 
 class Checkpoints:
-  """The states of a training run, newest last, saved while it goes on."""
+  """The states of a training run, newest last, saved while it goes on.
+
+  On several hosts all make one of the same folder, which all see, and call its methods alike; each
+  writes and reads its own parts of arrays.
+  """
 
   def __init__(self, folder, *, every, keep=2, warn=warnings.warn):
     """Writes nothing yet.
@@ -80,7 +84,7 @@ class Checkpoints:
 
   def latest(self):
     """The newest step on disk, or None; damaged or not."""
-    return max(self._steps(), default=None)
+    return max(hosts.of_first(self._steps()), default=None)
 
   def restore(self, params_like, opt_like, *, step=None):
     """A state, with the digest of every array verified.
@@ -97,7 +101,7 @@ class Checkpoints:
         and if step is None all of them are.
     """
     self.close()
-    steps = self._steps()
+    steps = hosts.of_first(self._steps())
     if step is not None and step not in steps:
       raise InputError(f'no checkpoint of step {step} in {self.folder}; there are: {steps}')
     wrong = {}
@@ -107,7 +111,7 @@ class Checkpoints:
       except stored.Damaged as e:
         wrong[s] = f'step {s}: {e}'
         continue
-      if wrong:
+      if wrong and hosts.first():
         self._warn(f'passed over damaged checkpoints in {self.folder}, to be removed by the next '
                    f'save: {"; ".join(wrong.values())}; went back to step {s}')
       self._at, self._damaged = s, tuple(wrong)
@@ -144,7 +148,7 @@ class Checkpoints:
 
   def _read(self, step, params_like, opt_like):
     folder = self.folder / str(step)
-    document = stored.unseal(folder / 'meta' / 'metadata')
+    document = stored.unseal_on_all(folder / 'meta' / 'metadata')
     expected = dict(params=describe(params_like), opt=describe(named_arrays(opt_like)))
     for item, like in expected.items():
       wrong = difference(document[item], json.loads(json.dumps(like)))
@@ -180,7 +184,7 @@ class Checkpoints:
     self._quiet.close()
 
   def _remove(self, *patterns):
-    if jax.process_index() == 0:
+    if hosts.first():
       for path in (p for pattern in patterns for p in self.folder.glob(pattern)):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -206,7 +210,8 @@ def save_model(folder, params, meta, *, overwrite=False, beside=lambda new: None
 
   Args:
     folder: whole or untouched, whatever happens.
-    params: tree of weights and arrays, all of them on this host's devices.
+    params: tree of weights and arrays, all of them on this host's devices; or spread over several
+      hosts, and then all of these call this, and each writes its parts.
     meta: anything that JSON holds.
     overwrite: whether a model that is there may be replaced; anything else never is.
     beside: called with the new folder before it is in its place, to write what else belongs there.
@@ -219,16 +224,38 @@ def save_model(folder, params, meta, *, overwrite=False, beside=lambda new: None
   arrays = named_arrays(params)
   if overwrite and files.occupied(folder) and not _card(folder).exists():
     raise InputError(f'{folder} holds no model of lean_jax, so it is not overwritten; name another')
-  far = [n for n, x in arrays.items() if not getattr(x, 'is_fully_addressable', True)]
-  if far:
-    raise InputError(f'{far[0]} is spread over several hosts; save checkpoints of the run, and '
-                     'make the model of one on a single host')
-  with files.replace_folder(folder, overwrite=overwrite) as new, stored.unheard():
-    document = stored.seal(dict(meta=meta, params=describe(params), digests=digest(params)))
-    files.write_text(_card(new), json.dumps(document, indent=1))
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(new / 'params', arrays)
-    beside(new)
+  spread = stored.spread(params)
+  digests = digest(params)
+  with _new_folder(folder, overwrite, spread) as new, stored.unheard():
+    with ocp.StandardCheckpointer(**{} if spread else stored.alone()) as checkpointer:
+      # A process alone among several saves what is NumPy's.
+      own = arrays if spread or not hosts.several() else jax.device_get(arrays)
+      checkpointer.save(new / 'params', own)
+    if hosts.first() or not spread:
+      document = stored.seal(dict(meta=meta, params=describe(params), digests=digests))
+      files.write_text(_card(new), json.dumps(document, indent=1))
+      beside(new)
+
+
+@contextlib.contextmanager
+def _new_folder(folder, overwrite, spread):
+  """`files.replace_folder`, one for all hosts if arrays are spread over them."""
+  if not spread:
+    with files.replace_folder(folder, overwrite=overwrite) as new:
+      yield new
+    return
+  with contextlib.ExitStack() as stack:
+    new = error = None
+    if hosts.first():
+      try:
+        new = str(stack.enter_context(files.replace_folder(folder, overwrite=overwrite)))
+      except InputError as e:
+        error = str(e)
+    new, error = hosts.of_first((new, error))
+    if error:
+      raise InputError(error)
+    yield pathlib.Path(new)
+  hosts.barrier('the model is in its place')
 
 
 def load_model(folder, *, shardings=None):

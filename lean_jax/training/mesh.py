@@ -3,35 +3,48 @@ import contextlib
 import math
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lean_jax.errors import InputError
-from lean_jax.tree import is_weight
+from lean_jax.tree import is_weight, named_weights
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('data', 'fsdp', 'expert', 'sequence', 'tensor')
+ROWS = ('data', 'fsdp', 'expert')      # that spread the rows of a batch
 
 # Logical axis of weights and activations -> axis of the mesh.
-RULES = (('batch', ('data', 'fsdp')), ('length', None), ('embed', 'fsdp'), ('heads', 'tensor'),
-         ('mlp', 'tensor'), ('vocab', 'tensor'), ('experts', None), ('layers', None))
+RULES = (('batch', ROWS), ('length', 'sequence'), ('embed', 'fsdp'), ('heads', 'tensor'),
+         ('mlp', 'tensor'), ('vocab', 'tensor'), ('experts', 'expert'), ('layers', None))
 
 
-def make_mesh(data=1, fsdp=1, tensor=1):
-  """A mesh of data x fsdp x tensor devices; the product is the number of devices used.
+def make_mesh(data=1, fsdp=1, tensor=1, expert=1, sequence=1, *, devices=None):
+  """A mesh whose axes' product is the number of devices used; on several hosts, of all devices.
+
+  Args:
+    data: copies of the model, each with its rows of a batch.
+    fsdp: devices that share each weight, gathered where it is used; each has its own rows too.
+    tensor: devices that multiply by parts of a weight.
+    expert: devices that share the experts of a mixture; each has its own rows too.
+    sequence: devices that share the tokens of a row.
+    devices: to choose from; None is all there are.
 
   Raises:
-    InputError: an axis is not positive, or there are fewer devices.
+    InputError: an axis is not positive, there are fewer devices, or hosts without any.
   """
-  shape = (data, fsdp, tensor)
-  wanted = math.prod(shape)
-  if min(shape) < 1:
-    raise InputError(f'mesh {dict(zip(AXES, shape))} has an axis below 1; expected sizes of at '
-                     'least 1')
-  if wanted > jax.device_count():
-    raise InputError(f'mesh {dict(zip(AXES, shape))} needs {wanted} devices, there are '
-                     f'{jax.device_count()}; lower mesh.data, mesh.fsdp or mesh.tensor')
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3,
-                       devices=jax.devices()[:wanted])
+  shape = dict(data=data, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)
+  wanted, of = math.prod(shape.values()), devices if devices is not None else jax.devices()
+  said = {k: n for k, n in shape.items() if n != 1}
+  if min(shape.values()) < 1:
+    raise InputError(f'mesh {said} has an axis below 1; expected sizes of at least 1')
+  if wanted > len(of):
+    raise InputError(f'mesh {said} needs {wanted} devices, there are {len(of)}; lower '
+                     + ', '.join(f'mesh.{k}' for k in said))
+  if devices is None and jax.process_count() > 1 and wanted != len(of):
+    raise InputError(f'mesh {said} uses {wanted} of the {len(of)} devices of '
+                     f'{jax.process_count()} hosts; use all of them, or fewer hosts')
+  return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES),
+                       devices=of[:wanted])
 
 
 @contextlib.contextmanager
@@ -60,6 +73,40 @@ def shardings(params, mesh):
   return jax.tree.map(one, params, is_leaf=is_weight)
 
 
+def check(params, mesh):
+  """Returns if each axis of the mesh that is to share weights divides at least one.
+
+  Raises:
+    InputError: an axis of several devices shares nothing: all of them would compute the same.
+  """
+  spread = {axis for s in jax.tree.leaves(shardings(params, mesh)) for axis in s.spec if axis}
+  for axis in ('fsdp', 'expert', 'tensor'):
+    names = [logical for logical, at in RULES if at == axis]
+    found = {f'{name} {w.shape}' for name, w in named_weights(params).items()
+             if set(names) & set(jax.tree.leaves(w.names()))}
+    if mesh.shape[axis] > 1 and axis not in spread:
+      said = (f'it divides none of {", ".join(sorted(found)[:3])}' if found else
+              'no weight has such an axis')
+      raise InputError(f'mesh.{axis}={mesh.shape[axis]} shares no weight: {said}; give a size that '
+                       'divides, or 1')
+
+
+def put(tree, where):
+  """Arrays of a tree where a tree of shardings says.
+
+  What every host has a copy of becomes one array of all hosts.
+  """
+  def one(x, s):
+    if s.is_fully_addressable or not getattr(x, 'is_fully_addressable', True):
+      return jax.device_put(x, s)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      data = one(jax.random.key_data(x), NamedSharding(s.mesh, PartitionSpec()))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, s, lambda index: host[index])
+  return jax.tree.map(one, tree, where)
+
+
 def placed(params, like):
   """A tree of weights made of another, each array where its weight's names put it on the mesh of
   that one's arrays; as it is where they are on no mesh.
@@ -86,23 +133,69 @@ def of_optimizer(opt, params, where, mesh):
 
 
 def batch_sharding(mesh):
-  """Rows of a batch over the data and fsdp axes."""
-  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  """Rows of a batch over the axes of `ROWS`."""
+  return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def put_batch(batch, mesh):
-  """The host's rows of a batch as global arrays.
+  """A whole batch, which every host has, as arrays on the mesh.
 
   Raises:
-    InputError: the mesh does not divide the rows.
+    InputError: the mesh does not divide the rows, or their tokens.
   """
+  return {k: _spread(np.asarray(x), len(x), np.arange(len(x)), k, mesh) for k, x in batch.items()}
+
+
+def step_batch(batches, step, mesh):
+  """A step's batch as arrays on the mesh.
+
+  Args:
+    batches: `batches[step]` is the whole batch, {name: array of rows}. If it has `part`, and
+      `batch`, the number of rows, then `part(step, rows)` is asked for the rows alone that devices
+      of this host hold; so a batch is the same on any number of hosts.
+
+  Raises:
+    InputError: as of `put_batch`.
+  """
+  if not hasattr(batches, 'part'):
+    return put_batch(batches[step], mesh)
   sharding = batch_sharding(mesh)
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
-  for key, x in batch.items():
-    if x.shape[0] * jax.process_count() % ways:
-      raise InputError(f'a batch of {x.shape[0] * jax.process_count()} rows ({key}) does not '
-                       f'divide over data x fsdp = {ways} devices; change the batch or the mesh')
-  return {k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()}
+  _check_rows(batches.batch, 'the batch', mesh)
+  parts = sharding.addressable_devices_indices_map((batches.batch,)).values()
+  rows = np.unique(np.concatenate([np.arange(batches.batch)[index] for index in parts]))
+  return {k: _spread(x, batches.batch, rows, k, mesh)
+          for k, x in batches.part(step, rows).items()}
+
+
+def batch_shape(name, shape, dtype, mesh):
+  """A batch's array of a shape, on the mesh, as a ShapeDtypeStruct.
+
+  Raises:
+    InputError: the mesh does not divide its rows, or their tokens.
+  """
+  _check_rows(shape[0], name, mesh)
+  if len(shape) > 1 and shape[1] % mesh.shape['sequence']:
+    raise InputError(f'{name}: {shape[1]} tokens do not divide over mesh.sequence='
+                     f'{mesh.shape["sequence"]}; change the length or the mesh')
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+
+def _spread(x, count, rows, name, mesh):
+  """The global array of `count` rows of which this host has x, those of the numbers `rows`."""
+  like = batch_shape(name, (count, *x.shape[1:]), x.dtype, mesh)
+  at = {int(row): k for k, row in enumerate(rows)}
+
+  def part(index):
+    own = [at[r] for r in range(*index[0].indices(count))]
+    return x[own][(slice(None), *index[1:])]
+  return jax.make_array_from_callback(like.shape, like.sharding, part)
+
+
+def _check_rows(count, name, mesh):
+  ways = math.prod(mesh.shape[axis] for axis in ROWS)
+  if count % ways:
+    raise InputError(f'a batch of {count} rows ({name}) does not divide over '
+                     f'{" x ".join(ROWS)} = {ways} devices; change the batch or the mesh')
 
 
 def _mesh_of(params):

@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lean_jax.errors import InputError
+from lean_jax.training import hosts
 from lean_jax.training.digest import digest
 from lean_jax.tree import name, named_arrays
 
@@ -44,6 +45,33 @@ def unseal(path):
   return document
 
 
+def unseal_on_all(path):
+  """`unseal` on every host: what is damaged for one is so for all."""
+  document = wrong = None
+  try:
+    document = unseal(path)
+  except Damaged as e:
+    wrong = str(e)
+  wrong = hosts.of_any(wrong)
+  if wrong:
+    raise Damaged(wrong)
+  return document
+
+
+def spread(tree):
+  """Whether an array of a tree is on devices of several hosts."""
+  return any(not s.is_fully_addressable for x in jax.tree.leaves(tree)
+             if (s := getattr(x, 'sharding', None)) is not None)
+
+
+def alone():
+  """Settings of an Orbax checkpointer of which this process waits for no other."""
+  me = jax.process_index()
+  return dict(multiprocessing_options=ocp.options.MultiprocessingOptions(
+      primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'host{me}')
+  ) if hosts.several() else {}
+
+
 def read_tree(folder, like, digests):
   """The tree of `like`, from the arrays that Orbax saved in a folder under their names.
 
@@ -59,6 +87,8 @@ def read_tree(folder, like, digests):
   if not target:
     return like
   arrays, wrong = _attempt(lambda: _read_arrays(folder, target))
+  if spread(target):
+    wrong = hosts.of_any(wrong)                        # or some would go on, and wait for ever
   if wrong:
     raise Damaged(f'{folder.name}: {wrong}')
   changed = [n for n, d in digest(arrays).items() if d != digests.get(n)]
@@ -100,7 +130,7 @@ def _read_arrays(folder, target):
     shape = tuple(found[n].shape)
     if str(found[n].dtype) != kind or shape[:len(x.shape)] != x.shape:
       raise Damaged(f'{n} is stored as {found[n].dtype} {shape}, expected {kind} {x.shape}')
-  with ocp.StandardCheckpointer() as checkpointer:
+  with ocp.StandardCheckpointer(**alone()) as checkpointer:
     return checkpointer.restore(folder, target)
 
 

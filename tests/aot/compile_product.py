@@ -14,9 +14,7 @@ os.environ.update(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNA
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from lean_jax.quantization.rtn import rtn
 from lean_jax.training import mesh
@@ -26,8 +24,8 @@ from lean_jax.weights.prepared import prepare
 
 def main(scheme, *axes):
   """Of 512 rows and a weight [2048, 4096], on 1 x 2 x 2 chips."""
-  chips = np.array(topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices)
-  grid = Mesh(chips.reshape(1, 2, 2), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
+  chips = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
+  grid = mesh.make_mesh(fsdp=2, tensor=2, devices=chips)
   w = jax.eval_shape(lambda: prepare(
       rtn(Dense(jnp.zeros((2048, 4096), jnp.bfloat16), 'io', axes), scheme), 'tpu'))
   w = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), w,

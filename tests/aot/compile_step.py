@@ -8,14 +8,12 @@ os.environ.update(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNA
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lean_jax import methods, tree
 from lean_jax.distillation.losses import distillation
 from lean_jax.models.decoder import Decoder, DecoderConfig
-from lean_jax.training import loop, mesh
+from lean_jax.training import ahead, mesh
 from lean_jax.training.optimizer import adamw
 
 KINDS = {
@@ -28,8 +26,8 @@ KINDS = {
 
 def main(topology, kind):
   """Compiles for 1 x 2 x 2 chips of a topology."""
-  chips = np.array(topologies.get_topology_desc(platform='tpu', topology_name=topology).devices)
-  grid = Mesh(chips[:4].reshape(1, 2, 2), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
+  chips = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  grid = mesh.make_mesh(fsdp=2, tensor=2, devices=chips)
   teacher = DecoderConfig(vocabulary=1024, width=256, layers=4, heads=4, groups=2, head_width=64,
                           hidden=512, context=256, dtype='bfloat16', remat=True)
   student = DecoderConfig(**{**vars(teacher), 'layers': 2})
@@ -39,30 +37,16 @@ def main(topology, kind):
     params = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))['params']
     return methods.apply(params, steps, jax.random.key(1))
 
-  def placed(make):
-    abstract = jax.eval_shape(make)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract,
-                        mesh.shardings(abstract, grid))
-  params = placed(lambda: initial(student, steps))
-  frozen = dict(teacher_params=placed(lambda: initial(teacher, ())))
-  train, rest = tree.split(params, trainable)
-  tx = adamw(steps=10, peak=1e-3)
-  opt = jax.eval_shape(tx.init, train)
-  where = mesh.of_optimizer(opt, train, jax.tree.map(lambda x: x.sharding, train), grid)
-  opt = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt, where)
-  whole = NamedSharding(grid, PartitionSpec())
-  scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-  key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
-  batch = dict(tokens=jax.ShapeDtypeStruct((16, 256), jnp.int32,
-                                           sharding=mesh.batch_sharding(grid)))
-  places, shape = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, (train, opt, scalar)))
+  params = jax.eval_shape(lambda: initial(student, steps))
+  known = jax.eval_shape(lambda: initial(teacher, ()))
   loss = distillation(Decoder(student), Decoder(teacher), temperature=2., soft_weight=.5)
-  update = loop._update(loss, tx, 1, shape, tuple(places))
+  step, (state, rest, frozen, *_) = ahead.traced(
+      loss, params, adamw(steps=10, peak=1e-3), dict(tokens=((16, 256), jnp.int32)), grid,
+      trainable=trainable, frozen=dict(teacher_params=known))
   with mesh.on(grid):
-    done = update.trace(train, opt, scalar, rest, frozen, batch, key, scalar).lower(
-        lowering_platforms=('tpu',)).compile()
+    done = step.lower(lowering_platforms=('tpu',)).compile()
   memory = done.memory_analysis()
-  whole = tree.nbytes((train, opt, rest, frozen))
+  whole = tree.nbytes((state.train, state.opt, rest, frozen))
   print(json.dumps(dict(topology=topology, kind=kind, chip=memory.argument_size_in_bytes,
                         temporaries=memory.temp_size_in_bytes, whole=whole)))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import lean_jax as lean
+from lean_jax.data.batches import Batches
 from lean_jax.distillation import generated
 from lean_jax.distillation.answers import final_number, gsm8k
 from lean_jax.distillation.completions import completions
@@ -228,7 +229,7 @@ ROWS = [dict(prompt='the quick', completion=' brown fox'),
 def test_completions_alone_are_labels(tiny_model):
   t = tiny_model.tokenizer
   data = completions(tiny_model, ROWS, length=32)
-  batch = data.batches(2, 0, shuffle=False)[0]
+  batch = Batches(data, 2, 0, shuffle=False)[0]
   for row, given in enumerate(ROWS):
     labels, mask = batch['labels'][row], batch['mask'][row]
     ids = batch['tokens'][row][mask]
@@ -257,7 +258,7 @@ def test_gradients_come_from_completions_alone_and_rows_fill_up_to_no_effect(tin
 
   from lean_jax.objectives.language_modeling import next_token
   loss = jax.jit(lambda p, b: next_token(tiny_model.module)(p, b, None)[0])
-  short, long = (completions(tiny_model, ROWS, length=n).batches(2, 0, shuffle=False)[0]
+  short, long = (Batches(completions(tiny_model, ROWS, length=n), 2, 0, shuffle=False)[0]
                  for n in (24, 32))
   value = loss(tiny_model.params, short)
   np.testing.assert_allclose(loss(tiny_model.params, long), value, rtol=1e-5)
@@ -285,7 +286,7 @@ def test_a_student_learns_what_its_teacher_wrote(tiny_model, tmp_path):
     (lambda m: completions(m, ROWS, length=3), 'none of 2 lines'),
     (lambda m: completions(m, ROWS, length=65), 'rows of 65 tokens'),
     (lambda m: lean.train(m, completions(m, ROWS), steps=1, window=8), 'completions with a window'),
-    (lambda m: completions(m, ROWS).batches(3, 0), 'a batch of 3')])
+    (lambda m: Batches(completions(m, ROWS), 3, 0), 'a batch of 3')])
 def test_rows_that_cannot_be_are_refused(tiny_model, call, says):
   with pytest.raises(InputError, match=says):
     call(tiny_model)

@@ -17,7 +17,7 @@ from lean_jax.models.decoder import Decoder, DecoderConfig
 from lean_jax.objectives.language_modeling import next_token
 from lean_jax.training import mesh as meshes
 from lean_jax.training.checkpoint import Checkpoints
-from lean_jax.training.loop import fit
+from lean_jax.training.loop import fit, watch
 from lean_jax.training.metrics import Metrics
 from lean_jax.training.optimizer import adamw
 from lean_jax.training.recipe import train
@@ -223,3 +223,59 @@ def test_the_optimizer_spares_the_norms_and_names_bad_settings():
   for bad in (dict(steps=0, peak=1.), dict(steps=1, peak=0.), dict(steps=1, peak=1., decay='x')):
     with pytest.raises(InputError, match='expected|there are'):
       adamw(**bad)
+
+
+def spiky(params, batch, key, step):
+  """A loss that is not finite at step 22 and 30 times itself at step 25."""
+  value, metrics = LOSS(params, batch, key)
+  return value * jnp.where(step == 22, jnp.nan, jnp.where(step == 25, 30., 1.)), metrics
+
+
+SKIPS = dict(watched=watch('skip', 4.), steps=28)
+
+
+@pytest.fixture(scope='module')
+def skipped():
+  said, seen = [], []
+  out, _ = fit(spiky, initial(), Batches(), TX, warn=said.append, **SKIPS,
+               hooks=[lambda step, m: seen.append(int(m['skipped']))])
+  return out, said, seen
+
+
+def test_bad_steps_are_skipped_and_named(skipped):
+  out, said, seen = skipped
+  assert [k for k, s in enumerate(seen) if s] == [22, 25]
+  assert len(said) == 2
+  assert 'step 23: the loss or its gradient is not finite, on batch 22 (rows [176, 177' in said[0]
+  assert 'over 4.0 times the median' in said[1] and 'on batch 25 (rows [200,' in said[1]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))
+
+
+def test_skipping_is_the_same_on_resume(skipped, tmp_path):
+  with Checkpoints(tmp_path, every=12) as c:           # between the losses that a spike is held to
+    fit(spiky, initial(), Batches(), TX, checkpoints=c, warn=lambda _: None,
+        **SKIPS | dict(steps=24))
+  seen = []
+  with Checkpoints(tmp_path, every=12) as c:
+    resumed, _ = fit(spiky, initial(), Batches(), TX, checkpoints=c, warn=seen.append, **SKIPS)
+  assert len(seen) == 1 and 'step 26' in seen[0]
+  assert equal(resumed, skipped[0])
+
+
+def test_a_spike_stops_with_its_batch():
+  with pytest.raises(NonFiniteError, match=r'step 26: .* 4.0 times the median.*on batch 25'):
+    fit(lambda params, batch, key, step: spiky(params, batch, key, jnp.where(step == 22, 0, step)),
+        initial(), Batches(), TX, steps=28, watched=watch(spike=4.))
+
+
+def test_skipping_everything_stops():
+  loss = lambda params, batch, key: (LOSS(params, batch, key)[0] * jnp.nan, {})
+  with pytest.raises(NonFiniteError, match='steps 1 to 20 were all skipped'):
+    fit(loss, initial(), Batches(), TX, steps=30, watched=watch('skip'), warn=lambda _: None)
+
+
+def test_what_is_watched_is_named_if_it_cannot_be():
+  with pytest.raises(InputError, match="expected 'stop' or 'skip'"):
+    watch('ignore')
+  with pytest.raises(InputError, match='spike 1.0; expected'):
+    watch(spike=1.)

@@ -1,0 +1,94 @@
+"""One of several processes that distill a small student on one mesh; see `hosts_run.py`.
+
+python host_worker.py '{"workdir": ..., "mesh": {...}, "steps": 6, ...}' HOSTS HOST PORT
+"""
+import errno
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lean_jax.data.batches import Batches
+from lean_jax.data.windows import Windows
+from lean_jax.errors import LeanError, Preempted
+from lean_jax.models.decoder import DecoderConfig
+from lean_jax.training import hosts, recipe
+from lean_jax.training import mesh as meshes
+from lean_jax.training.checkpoint import save_model
+
+TEACHER = DecoderConfig(vocabulary=48, width=16, layers=2, heads=2, groups=2, head_width=8,
+                        hidden=32, context=16)
+STUDENT = DecoderConfig(**{**vars(TEACHER), 'layers': 1})
+
+
+def initial(config, seed):
+  tokens = np.zeros((1, 4), np.int32)
+  return jax.jit(config.module.init)(jax.random.key(seed), tokens)['params']
+
+
+def windows():
+  array = np.random.default_rng(0).integers(0, 48, (64, 16)).astype(np.uint16)
+  return Windows(array, stream_tokens=array.size, bytes=array.size, documents=1, fingerprint='w')
+
+
+def run(given):
+  """Trains, and gives the student's parameters as arrays of this process.
+
+  Args:
+    given: workdir, steps, mesh; settings of `recipe.train`; and what befalls the run: `sleep`,
+      seconds after each step; `die`, [host, step]; `stop_at`, a step; `full_at`, the step whose
+      save finds a full disk; `model`, where the finished one is saved by all.
+  """
+  given, at = dict(given), [0]
+  sleep, die, stop_at, full_at, model = (given.pop(k, None) for k in (
+      'sleep', 'die', 'stop_at', 'full_at', 'model'))
+
+  def hook(step, metrics):
+    at[0] = step
+    if die == [jax.process_index(), step]:
+      os.kill(os.getpid(), signal.SIGKILL)
+    if full_at == step:
+      ocp.StandardCheckpointHandler.finalize = full
+    time.sleep(sleep or 0)
+  mesh = meshes.make_mesh(**given.pop('mesh'))
+  params, _ = recipe.train(
+      STUDENT.module, initial(STUDENT, 0), Batches(windows(), given.pop('batch', 8), 0),
+      peak=1e-2, teacher=(TEACHER.module, initial(TEACHER, 1)), mesh=mesh, log_every=1,
+      folder=given.pop('workdir'), hooks=(hook,), stop=lambda: at[0] + 1 == stop_at, **given)
+  if model:
+    save_model(model, params, {})
+  return hosts.local(params)
+
+
+def full(*_):
+  raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def main(given, count, host, port):
+  given, count = json.loads(given), int(count)
+  out = pathlib.Path(given['workdir'], 'params.npz')
+  try:
+    if count > 1:
+      hosts.start(count, coordinator=f'localhost:{port}', host=int(host),
+                  heartbeat=given.pop('heartbeat', 10))
+    params = run(given)
+  except Preempted as error:
+    print(error, file=sys.stderr)
+    return 0
+  except LeanError as error:
+    print(error, file=sys.stderr)
+    return 2
+  if hosts.first():
+    np.savez(out, *jax.tree.leaves(params))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.modules['torch'] = None          # tensorboardX would take seconds to import it
+  sys.exit(main(*sys.argv[1:]))
