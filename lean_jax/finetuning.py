@@ -48,9 +48,10 @@ def run(arguments):
   """
   from lean_jax import api
   from lean_jax.adapters.peft import refusal
+  from lean_jax.data.batches import Batches
   from lean_jax.files import occupied
   from lean_jax.report.progress import Bars, training
-  from lean_jax.training import finetune
+  from lean_jax.training import finetune, recipe
   from lean_jax.training.signals import termination
   a, out = arguments, pathlib.Path(arguments.out)
   if occupied(out):                                    # before the work
@@ -72,7 +73,9 @@ def run(arguments):
   steps = a.steps or finetune.steps_of(windows, batch, a.epochs)
   kept, last = out.with_name(f'.{out.name}.training'), {}
   with bars.bar('train') as update, termination() as stop:
-    show = training(update, steps, batch * windows.length)
+    rates = recipe.rates_of(model.module, model.params, Batches(windows, batch, a.seed),
+                            finetune.TUNINGS[a.method].trainable, None, None, steps)
+    show = training(update, rates)
 
     def hook(step, metrics):
       show(step, metrics)
