@@ -148,7 +148,7 @@ class World:
     if place == 'encoder-decoder':
       self._pair(given, how)
     else:
-      data, more = self.train, {}
+      data, more = self.train, dict(init='random')
       if place == 'narrower':
         more = dict(student=self.llama(self.teacher.tokenizer, hidden_size=24,
                                        num_key_value_heads=2, head_dim=8))
@@ -157,9 +157,9 @@ class World:
       elif place == 'other tokenizer':
         data, more = self.text, dict(student=self.llama(self.other), window=WINDOW)
       elif place == 'cached':
-        more = dict(cache=self.cache)
+        more = dict(cache=self.cache, init='random')
       elif place == 'mesh of 8':
-        more = dict(mesh=make_mesh(data=2, fsdp=2, tensor=2))
+        more = dict(mesh=make_mesh(data=2, fsdp=2, tensor=2), init='random')
       lean.distill(self.teacher, data, batch=BATCH, **more, **how)
     return np.mean(seen[:3]), np.mean(seen[-3:])
 
@@ -170,7 +170,8 @@ class World:
   def _pair(self, given, how):
     """A T5 of another, on batches of sources and targets."""
     big, small = (lean.create('t5', self.teacher.tokenizer, d_model=32, d_kv=8, d_ff=48,
-                              num_layers=n, num_decoder_layers=n, num_heads=4) for n in (4, 2))
+                              num_layers=n, num_decoder_layers=n, num_heads=4, seed=n)
+                  for n in (4, 2))
     draw = np.random.default_rng(0).integers(3, 200, (2, BATCH, 12)).astype(np.int32)
     batch = dict(tokens=draw[0], decoder_tokens=draw[1])
     if given['kind'] in terms.KINDS:

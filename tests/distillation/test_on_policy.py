@@ -19,7 +19,7 @@ from lean_jax.models.stack import StackConfig
 from lean_jax.nn.rope import Rope
 from lean_jax.nn.rope_scaling import LongRope
 from lean_jax.objectives.forward import forward, targets
-from lean_jax.pipeline.variants import _losses, _on_policy
+from lean_jax.pipeline.variants import _on_policy, losses
 from lean_jax.training.mesh import make_mesh
 from lean_jax.training.recipe import train
 
@@ -187,7 +187,7 @@ def test_distill_samples_up_to_the_tokenizers_end(tiny_model, tmp_path):
 
 def test_a_config_has_it_beside_its_losses(tiny_model):
   c = dict(temperature=2., soft_weight=1., on_policy=dict(tokens=4))
-  assert len(_losses(c)) == 2
+  assert len(losses(c)) == 2
   config = type('Config', (dict,), dict(__getattr__=dict.__getitem__))(c)
   assert _on_policy(config, tiny_model) == dict(tokens=4, ends=[1])
   assert _on_policy(config, None) is None

@@ -37,7 +37,7 @@ def test_a_claim_on_what_was_not_measured_is_refused(left):
 def test_a_failed_claim_is_printed_and_is_the_exit_code(monkeypatch, capsys, tmp_path):
   report = dict(variants=[], sample=dict(variant='a', text=''), settings={}, versions={},
                 claims=[dict(name='a beats b', figures={}, passed=False)])
-  monkeypatch.setattr('lean_jax.pipeline.run.run', lambda *_: report)
+  monkeypatch.setattr('lean_jax.pipeline.run.run', lambda *_, **__: report)
   code = cli.main(['demo', '--json', f'--workdir={tmp_path}'])
   captured = capsys.readouterr()
   assert code == 1

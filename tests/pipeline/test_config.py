@@ -56,7 +56,7 @@ def test_a_configs_losses_are_those_that_a_student_trains_by(losses, tiny_model,
   def train(module, params, batches, **settings):
     given.update(settings)
     return params, 0.
-  monkeypatch.setattr(variants, 'train', train)
+  monkeypatch.setattr(variants.recipe, 'train', train)
   monkeypatch.setattr(variants, 'Batches', lambda *args, **kw: None)
   variant = next(v for v in c.variants if v['name'] == 'student')
   variants.make(variant, tiny_model, dict(teacher=tiny_model), dict(main=SimpleNamespace(length=8)),

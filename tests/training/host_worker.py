@@ -42,16 +42,21 @@ def run(given):
 
   Args:
     given: workdir, steps, mesh; settings of `recipe.train`; and what befalls the run: `sleep`,
-      seconds after each step; `die`, [host, step]; `stop_at`, a step; `full_at`, the step whose
-      save finds a full disk; `model`, where the finished one is saved by all.
+      seconds after each step; `die`, [host, step], or [host, step, N], once step N is
+      saved; `stop_at`, a step; `full_at`, the step whose save finds a full disk; `model`, where
+      the finished one is saved by all.
   """
   given, at = dict(given), [0]
+  workdir = given.pop('workdir')
   sleep, die, stop_at, full_at, model = (given.pop(k, None) for k in (
       'sleep', 'die', 'stop_at', 'full_at', 'model'))
 
   def hook(step, metrics):
     at[0] = step
-    if die == [jax.process_index(), step]:
+    if die and die[:2] == [jax.process_index(), step]:
+      for saved in die[2:]:
+        while not pathlib.Path(workdir, 'checkpoints', str(saved)).is_dir():
+          time.sleep(.05)
       os.kill(os.getpid(), signal.SIGKILL)
     if full_at == step:
       ocp.StandardCheckpointHandler.finalize = full
@@ -60,7 +65,7 @@ def run(given):
   params, _ = recipe.train(
       STUDENT.module, initial(STUDENT, 0), Batches(windows(), given.pop('batch', 8), 0),
       peak=1e-2, teacher=(TEACHER.module, initial(TEACHER, 1)), mesh=mesh, log_every=1,
-      folder=given.pop('workdir'), hooks=(hook,), stop=lambda: at[0] + 1 == stop_at, **given)
+      folder=workdir, hooks=(hook,), stop=lambda: at[0] + 1 == stop_at, **given)
   if model:
     save_model(model, params, {})
   return hosts.local(params)

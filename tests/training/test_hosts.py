@@ -51,7 +51,7 @@ def same(folder, alone):
 def test_two_hosts_of_which_one_dies_and_all_start_again_compute_what_one_does(
     cache, alone, tmp_path):
   given = dict(workdir=str(tmp_path), steps=6, mesh=MESH, save_every=3)
-  processes = launch(cache, 2, given | dict(die=[1, 5]))
+  processes = launch(cache, 2, given | dict(die=[1, 5, 3]))
   assert processes[1].wait(timeout=120) == -signal.SIGKILL
   died = time.monotonic()
   (code, said), _ = ended(processes)
