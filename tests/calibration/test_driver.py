@@ -90,6 +90,7 @@ def test_gptq_sees_what_the_quantized_layers_before_give():
   assert 0 < error < .5
 
 
+@pytest.mark.slow
 def test_written_out_layers_and_several_batches_give_the_same():
   config, params = matrix.model('llama')
   batch = matrix.batch(config)

@@ -38,6 +38,7 @@ def run(tiny_model, tmp_path_factory):
   return folder, starts, last
 
 
+@pytest.mark.slow
 def test_each_client_knows_public_text_better_than_alone(run):
   folder, starts, last = run
   for name, start in starts.items():

@@ -42,7 +42,8 @@ def near(config, seed=3):
 
 
 @pytest.mark.parametrize(('large', 'small'), [
-    ('LARGE', 'SMALL'), ('LARGE', 'LSTM'), ('LSTM', 'SMALL'), ('LSTM', 'LSTM')])
+    ('LARGE', 'SMALL'), ('LARGE', 'LSTM'), ('LSTM', 'SMALL'),
+    pytest.param('LSTM', 'LSTM', marks=pytest.mark.slow)])
 def test_greedy_text_is_the_models_own_whatever_the_draft(large, small):
   large, small = model(globals()[large]), near(globals()[small])
   free = generate(*large, PROMPTS, tokens=20)
@@ -116,7 +117,7 @@ def chi_square(found, probabilities):
 
 
 @pytest.mark.parametrize('settings', [dict(), dict(temperature=1.5, top_k=3)])
-@pytest.mark.parametrize('rows', [1, 2])
+@pytest.mark.parametrize('rows', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sampled_text_has_the_models_own_distribution(settings, rows):
   V, n, tokens = 4, 6000, 4
   config = dataclasses.replace(LARGE, vocabulary=V)

@@ -67,7 +67,8 @@ def operands(T, H=4, G=2, P=3, N=5):
           draw(3, 2, T, G, N), draw(4, 2, T, G, N), draw(5, 2, H, P, N))
 
 
-@pytest.mark.parametrize('T', [1, 2, 7, 8, 9, 16, 21])
+@pytest.mark.parametrize('T', [1, 8, 9, 21, *(pytest.param(T, marks=pytest.mark.slow)
+                                               for T in (2, 7, 16))])
 def test_borders_of_chunks_do_not_show(T):
   args = operands(T)
   x, dt, a, b, c, h = (np.asarray(x, np.float64) for x in args)

@@ -58,7 +58,7 @@ def test_nor_do_they_in_a_function_that_multiplies_by_itself(order):
   assert float(jnp.abs(found[0] - found[1]).max()) > .01
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', ['gate', 'up', 'q', 'k', 'v', *(
     pytest.param(name, marks=pytest.mark.slow) for name in ('down', 'o'))])
 def test_weights_of_one_shape_are_each_rounded_under_grad(dtype, name):
