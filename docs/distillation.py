@@ -227,7 +227,8 @@ class World:
          lambda: lean.distill(teacher, data, losses=soft, student=self.mamba(), **how)),
         ('an LSTM', "student=lean.create('lean_lstm', tokenizer, ...)",
          lambda: lean.distill(teacher, data, losses=soft, student=lean.create(
-             'lean_lstm', teacher.tokenizer, hidden_size=32, num_hidden_layers=2), **how)),
+             'lean_lstm', teacher.tokenizer, hidden_size=32, lstm_size=32,
+                 num_hidden_layers=2), **how)),
         ('of a rounded teacher', "lean.quantize(teacher, 'w4a16-g32')",
          lambda: lean.distill(lean.quantize(teacher, 'w4a16-g32'), data, losses=soft,
                               student=lean.create(teacher, seed=1), **how)),

@@ -3,10 +3,6 @@ import importlib.util
 import pathlib
 import re
 
-from lean_jax.api import ADAPTERS
-from lean_jax.distillation import terms
-from lean_jax.distillation.losses import HARD, ULD
-from lean_jax.kernels.distill_loss.kinds import KINDS as DIVERGENCES
 from lean_jax.kernels.native import library
 from lean_jax.models.families import FAMILIES
 from lean_jax.quantization.spec import KNOWN
@@ -65,17 +61,3 @@ def test_what_is_said_to_run_of_each_op_is_what_runs():
       not any(f'benchmarks/{s}' in f.read_text()
               for f in (DOCS.parent / 'benchmarks' / 'results').glob('*.md'))
       for s in page.MEASURED)
-
-
-def test_each_loss_and_each_way_to_a_student_is_in_the_page_of_distillation():
-  page, text = script('distillation'), (DOCS / 'distillation.md').read_text()
-  assert {*DIVERGENCES, HARD, ULD, *terms.KINDS} <= {x['kind'] for x in page.LOSSES.values()}
-  assert set(page.LOSSES) <= set(re.findall(r'^\| `(.*?)` \|', text, re.MULTILINE))
-  assert '**fails**' not in text and ' | '.join(page.PLACES) in text
-
-
-def test_each_adapter_is_in_the_page_of_adapters():
-  page, text = script('adapt'), (DOCS / 'adapt.md').read_text()
-  assert {*ADAPTERS, 'bitfit'} == set(page.METHODS)
-  assert set(page.METHODS) <= set(re.findall(r'^\| `(.*?)` \|', text, re.MULTILINE))
-  assert '**fails**' not in text and ' | '.join(page.PLACES) in text

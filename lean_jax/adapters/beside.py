@@ -92,8 +92,8 @@ def prefix(config, params, *, key, tokens=16, hidden=512):
 
   Li and Liang 2021 (arXiv:2101.00190), section 4.3.
   """
-  N, G, K, D = config.layers, config.groups, config.head_width, config.width
   _check(config, params, tokens, Prefix)
+  N, G, K, D = config.layers, config.groups, config.head_width, config.width
   if hidden < 1:
     raise InputError(f'an MLP of {hidden}; give 1 or more, or use p_tuning_v2, which has none')
   draw = lambda k, *shape: jax.random.normal(jax.random.fold_in(key, k), shape)
