@@ -18,8 +18,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 
 import lean_jax as lean  # noqa: E402
-from docs.distillation import claimed  # noqa: E402
-from docs.page import markdown, versions  # noqa: E402
+from docs.page import claimed, markdown, versions  # noqa: E402
 from lean_jax import tree  # noqa: E402
 from lean_jax.adapters.bitfit import BIASES  # noqa: E402
 from lean_jax.adapters.trained import trained  # noqa: E402

@@ -20,7 +20,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 import lean_jax as lean  # noqa: E402
-from docs.page import markdown, versions  # noqa: E402
+from docs.page import claimed, markdown, versions  # noqa: E402
 from lean_jax.data.sources import open_source  # noqa: E402
 from lean_jax.data.tokenizer import train_bpe  # noqa: E402
 from lean_jax.data.windows import pack  # noqa: E402
@@ -82,18 +82,6 @@ def main():
   text += CLAIMS + claimed('distillation', 'distill_architectures', 'federated', 'retrieval')
   (ROOT / 'docs' / 'distillation.md').write_text(text, encoding='utf-8')
   return 1 if '**fails**' in text else 0
-
-
-def claimed(*names):
-  """What experiments printed of their claims, from experiments/results."""
-  text = ''
-  for name in names:
-    file = ROOT / 'experiments' / 'results' / f'{name}.txt'
-    if file.exists():
-      head, *rest = file.read_text(encoding='utf-8').splitlines()
-      lines = [line for line in rest if line.startswith(('pass ', 'FAIL '))]
-      text += f'\n`{head}`\n\n```\n' + '\n'.join(lines) + '\n```\n'
-  return text
 
 
 def table(world):

@@ -1,9 +1,12 @@
 """What the pages that are written by scripts share: tables, and what made them."""
 import importlib.metadata
+import pathlib
 import platform
 import time
 
 import jax
+
+RESULTS = pathlib.Path(__file__).parents[1] / 'experiments' / 'results'
 
 
 def markdown(titles, rows):
@@ -18,3 +21,15 @@ def versions(*packages):
   found = (f'{p} {importlib.metadata.version(p)}' for p in packages)
   return ', '.join([time.strftime('%Y-%m-%d'), jax.default_backend().upper(),
                     f'Python {platform.python_version()}', *found])
+
+
+def claimed(*names):
+  """What experiments printed of their claims, from experiments/results."""
+  text = ''
+  for name in names:
+    file = RESULTS / f'{name}.txt'
+    if file.exists():
+      head, *rest = file.read_text(encoding='utf-8').splitlines()
+      lines = [line for line in rest if line.startswith(('pass ', 'FAIL '))]
+      text += f'\n`{head}`\n\n```\n' + '\n'.join(lines) + '\n```\n'
+  return text

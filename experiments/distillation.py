@@ -16,7 +16,6 @@ claims, each checked on the mean over the seeds; a run ends with exit code 1 whe
     finds more probable than by forward KL.
   DistiLLM (Ko et al. 2024, arXiv:2402.03898, table 1): skewed KL, either way round, beats KL.
 """
-import dataclasses
 import functools
 import sys
 
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lean_jax as lean
-from lean_jax.distillation.start import alternating, take_layers
+from lean_jax.distillation.start import evenly
 from lean_jax.generation import generate
 from lean_jax.pipeline import on_text
 
@@ -62,20 +61,13 @@ def measured(teacher, train, test, seed, *, steps, batch=16, peak=2e-3):
       student = lean.distill(teacher, train, student=student, losses=losses,
                              steps=steps // len(stages), **shared)
     return student
-  start = halved(teacher)
+  start = evenly(teacher, teacher.config.layers // 2)
   students = {name: trained(stages, start) for name, stages in VARIANTS.items()}
   students['hard'] = lean.train(start, train, steps=steps, **shared)
   students['random'] = trained((DISTILBERT,), lean.create(start, seed=seed))
   return {name: dict(perplexity=lean.evaluate(student, test)['perplexity'],
                      own_text=judged(teacher, student, test, seed))
           for name, student in students.items()}
-
-
-def halved(model):
-  """Every other layer of a model."""
-  kept = alternating(model.config.layers, model.config.layers // 2)
-  config, params = take_layers(model.config, model.params, kept)
-  return dataclasses.replace(model, config=config, params=params)
 
 
 def judged(teacher, student, windows, seed):

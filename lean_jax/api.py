@@ -38,7 +38,7 @@ from lean_jax.distillation.classes import classes
 from lean_jax.distillation.completions import Completions, completions  # noqa: F401, the latter
 from lean_jax.distillation.generated import write_data  # noqa: F401, of this interface
 from lean_jax.distillation.losses import PROJECTIONS, check_tokenizers, soft_and_hard
-from lean_jax.distillation.start import alternating, take_layers
+from lean_jax.distillation.start import evenly
 from lean_jax.errors import InputError
 from lean_jax.evaluation import retrieval
 from lean_jax.evaluation import texts as texts_in
@@ -733,12 +733,11 @@ def _begun(teacher, keep, init='alternating', data=None, settings=None):
   if init == 'importance':
     given = {k: settings[k] for k in ('window', 'field') if k in settings}
     return cut(teacher, data, layers=keep, **given)
-  config, params = take_layers(teacher.config, teacher.params,
-                               alternating(teacher.config.layers, keep))
+  student = evenly(teacher, keep)
   if init == 'random':
-    params = jax.jit(config.module.init)(jax.random.key(settings.get('seed', 0)),
-                                         jnp.zeros((1, 1), jnp.int32))['params']
-  return dataclasses.replace(teacher, config=config, params=params)
+    params = fresh.drawn(student.config, settings.get('seed', 0))
+    student = dataclasses.replace(student, params=params)
+  return student
 
 
 def _tokenizer(teachers):

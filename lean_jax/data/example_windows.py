@@ -5,15 +5,16 @@ import hashlib
 import numpy as np
 
 from lean_jax.data.examples import Example
+from lean_jax.data.windows import Rows
 from lean_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ExampleWindows:
+class ExampleWindows(Rows):
   """Rows of examples, for `Batches`.
 
   Attributes:
-    ids: [n T] int32, 0 where there is none.
+    array: [n T] int32, ids, 0 where there is none.
     segments: [n T] int32: which example of its row a token is of, from 1 on; 0 where of none.
     labels: [n T] int32: the token after, where it is learned; else -1.
     packed: whether a row may have several examples.
@@ -21,26 +22,13 @@ class ExampleWindows:
     cut: how many of them lost an end.
     left_out: how many are in none, since nothing that is learned had room.
   """
-  ids: np.ndarray
+  array: np.ndarray
   segments: np.ndarray
   labels: np.ndarray
   packed: bool
   examples: int
   cut: int
   left_out: int
-
-  def __len__(self):
-    return len(self.ids)
-
-  @property
-  def length(self) -> int:
-    """Tokens a row."""
-    return self.ids.shape[1]
-
-  @property
-  def tokens(self) -> int:
-    """Tokens in all rows, padding included."""
-    return self.ids.size
 
   @property
   def learned(self) -> int:
@@ -50,14 +38,14 @@ class ExampleWindows:
   @property
   def fingerprint(self) -> str:
     """A hash of all rows."""
-    digest = hashlib.blake2b(f'{self.ids.shape} {self.packed}'.encode(), digest_size=16)
-    for x in (self.ids, self.segments, self.labels):
+    digest = hashlib.blake2b(f'{self.array.shape} {self.packed}'.encode(), digest_size=16)
+    for x in (self.array, self.segments, self.labels):
       digest.update(np.ascontiguousarray(x))
     return digest.hexdigest()
 
   def batch(self, rows) -> dict[str, np.ndarray]:
     """tokens and labels of rows, and `segments`, or of one example a row its `mask`: [rows T]."""
-    out = dict(tokens=self.ids[rows], labels=self.labels[rows])
+    out = dict(tokens=self.array[rows], labels=self.labels[rows])
     segments = self.segments[rows]
     return out | (dict(segments=segments) if self.packed else dict(mask=segments > 0))
 

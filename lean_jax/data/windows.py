@@ -24,8 +24,26 @@ CHUNK = 1 << 21
 WHOLE = 1 << 22
 
 
+class Rows:
+  """Rows of ids of one length: `array` [n, length]. What `Batches` takes is one with `batch`."""
+  array: np.ndarray
+
+  def __len__(self):
+    return len(self.array)
+
+  @property
+  def length(self) -> int:
+    """Tokens a row."""
+    return self.array.shape[1]
+
+  @property
+  def tokens(self) -> int:
+    """Tokens in all rows, those that fill them up included."""
+    return self.array.size
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Windows:
+class Windows(Rows):
   """Packed windows of one length.
 
   Attributes:
@@ -41,19 +59,6 @@ class Windows:
   bytes: int
   documents: int
   fingerprint: str
-
-  def __len__(self):
-    return len(self.array)
-
-  @property
-  def length(self) -> int:
-    """Tokens a window."""
-    return self.array.shape[1]
-
-  @property
-  def tokens(self) -> int:
-    """Tokens in all windows."""
-    return self.array.size
 
   def batch(self, rows) -> dict[str, np.ndarray]:
     """tokens: [rows, length], int32."""

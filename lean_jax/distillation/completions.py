@@ -7,13 +7,14 @@ import numpy as np
 
 from lean_jax.data import reading
 from lean_jax.data.text import parsed
+from lean_jax.data.windows import Rows
 from lean_jax.errors import InputError
 from lean_jax.generation.text import encoded, is_chat, reads
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Completions:
-  """Rows of one length, filled up after their end; `batches` is what training takes.
+class Completions(Rows):
+  """Rows of one length, filled up after their end.
 
   Attributes:
     array: [n T], ids.
@@ -22,19 +23,6 @@ class Completions:
   array: np.ndarray
   begins: np.ndarray
   ends: np.ndarray
-
-  def __len__(self):
-    return len(self.array)
-
-  @property
-  def length(self) -> int:
-    """Tokens a row."""
-    return self.array.shape[1]
-
-  @property
-  def tokens(self) -> int:
-    """Tokens in all rows, those that fill them up included."""
-    return self.array.size
 
   @functools.cached_property
   def fingerprint(self) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 
 from lean_jax import files
 from lean_jax.errors import InputError
+from lean_jax.kernels.distill_loss.kinds import buckets, forward_kl
 from lean_jax.objectives.forward import forward, masked_mean
 
 # ids [rows T-1 k] integer, log_p [rows T-1 k] float16, of the k likeliest next tokens; rest
@@ -174,13 +175,11 @@ def top_kl(log_q, ids, log_p, rest):
     ids, log_p: [B T k], named tokens and the target's logs of them.
     rest: [B T], log of the target's probability of all others.
   """
-  named = jnp.take_along_axis(log_q, ids, axis=-1)
-  log_p, rest = log_p.astype(jnp.float32), rest.astype(jnp.float32)
-  value = jnp.sum(jnp.exp(log_p) * (log_p - named), axis=-1)
-  if ids.shape[-1] == log_q.shape[-1]:
-    return value
-  others = jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(named), axis=-1), jnp.exp(LEAST)))
-  return value + jnp.exp(rest) * (rest - others)
+  V, k = log_q.shape[-1], ids.shape[-1]
+  if k < V:
+    log_p = jnp.concatenate([log_p, rest[..., None]], axis=-1)
+  q = buckets(log_q.reshape(-1, V), ids.reshape(-1, k))
+  return forward_kl(q, log_p.reshape(q.shape).astype(jnp.float32)).reshape(rest.shape)
 
 
 class _Digest:

@@ -21,6 +21,13 @@ def alternating(layers, keep):
   return tuple(k * layers // keep for k in range(keep))
 
 
+def evenly(model, keep):
+  """A `lean_jax.Model` with `keep` of its layers, those of `alternating`."""
+  config, params = take_layers(model.config, model.params,
+                               alternating(model.config.layers, keep))
+  return dataclasses.replace(model, config=config, params=params)
+
+
 def take_layers(config, params, indices):
   """The model made of some layers of a stack, in the order given.
 

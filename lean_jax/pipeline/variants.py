@@ -10,7 +10,7 @@ from lean_jax.calibration.steps import apply
 from lean_jax.calibration.text import of_windows
 from lean_jax.data.batches import Batches
 from lean_jax.distillation.losses import soft_and_hard
-from lean_jax.distillation.start import alternating, take_layers
+from lean_jax.distillation.start import evenly
 from lean_jax.distillation.written import written
 from lean_jax.errors import InputError
 from lean_jax.models.decoder import Decoder
@@ -53,11 +53,7 @@ def _begun(variant, models, teacher, tokenizer, seed):
   start, keep = variant['start'], variant.get('keep')
   if start in models:
     model = models[start]
-    if keep is None:
-      return model
-    config, params = take_layers(model.config, model.params,
-                                 alternating(model.config.layers, _layers(model.config, keep)))
-    return dataclasses.replace(model, config=config, params=params)
+    return model if keep is None else evenly(model, _layers(model.config, keep))
   if start == 'teacher' and isinstance(teacher, Model):
     return teacher
   if start not in ('teacher', 'random'):

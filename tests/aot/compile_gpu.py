@@ -23,30 +23,14 @@ os.environ.update(MOSAIC_GPU_DUMP_TO=FOLDER, MOSAIC_GPU_DUMP_PTXAS='1')
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 
-H200 = '''
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000  l2_cache_size: 62914560  clock_rate_ghz: 1.98
-  device_memory_size: 150000000000  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H200"
-'''
+from lean_jax.topology import devices  # noqa: E402
 
 
 def compiled(f, *args):
   """f of ShapeDtypeStructs, compiled for one H200."""
-  chip = topologies.get_topology_desc(platform='cuda', target_config=H200,
-                                      topology='1x1x1').devices[0]
-  mesh = jax.sharding.Mesh(np.array([chip]), ('x',))
+  chips, _ = devices('h200')
+  mesh = jax.sharding.Mesh(np.array(chips), ('x',))
   one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), args)
   with jax.sharding.set_mesh(mesh):

@@ -129,7 +129,7 @@ def test_rows_hold_each_example_once_and_apart():
   rows = arranged(examples, 16)
   assert rows.packed and rows.examples == 60 and not rows.cut and not rows.left_out
   found = []
-  for ids, segments, labels in zip(rows.ids, rows.segments, rows.labels):
+  for ids, segments, labels in zip(rows.array, rows.segments, rows.labels):
     for s in range(1, segments.max() + 1):
       at = np.flatnonzero(segments == s)
       assert (np.diff(at) == 1).all()
