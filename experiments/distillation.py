@@ -14,10 +14,16 @@ claims, each checked on the mean over the seeds; a run ends with exit code 1 whe
     beats none, soft labels after both.
   MiniLLM (Gu et al. 2023, arXiv:2306.08543): by reverse KL the student writes what the teacher
     finds more probable than by forward KL.
+  GKD (Agarwal et al. 2023, arXiv:2306.13649): a student that learns in the second half of the steps
+    from what it writes itself writes what the teacher finds more probable than by forward KL.
   DistiLLM (Ko et al. 2024, arXiv:2402.03898, table 1): skewed KL, either way round, beats KL.
+  Sequence-level (Kim & Rush 2016, arXiv:1606.07947): a student that learns from texts that its
+    teacher wrote writes what the teacher finds more probable than one that learns from people's.
 """
 import functools
+import pathlib
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +38,12 @@ SOFT = dict(kind='forward_kl')
 DISTILBERT = [dict(kind='forward_kl', temperature=2., weight=5 / 8),       # weights of its authors
               dict(kind='cross_entropy', weight=2 / 8),
               dict(kind='hidden', distance='cosine', weight=1 / 8)]
-LABELS = dict(forward_kl=SOFT, reverse_kl=dict(kind='reverse_kl'),
+REVERSE = dict(kind='reverse_kl')
+LABELS = dict(forward_kl=SOFT, reverse_kl=REVERSE,
               skew_kl=dict(kind='skew_kl'), skew_reverse_kl=dict(kind='skew_reverse_kl'),
               jsd=dict(kind='jsd'))
 PROMPT, WRITTEN, TEXTS = 16, 48, 64
+PROMPTS, LENGTH = 1024, 96    # of what the teacher writes: how many, and tokens of each at most
 
 
 def tinybert(layers):
@@ -44,12 +52,14 @@ def tinybert(layers):
           dict(kind='attention', layers=layers)]
 
 
-# Losses of the first half of the steps, and of the second; one list is for all.
-VARIANTS = {name: ([loss],) for name, loss in LABELS.items()} | {
-    'distilbert': (DISTILBERT,),
-    'tinybert': (tinybert('uniform'), [SOFT]),
-    'tinybert-last': (tinybert('last'), [SOFT]),
-    'minilmv2': ([dict(kind='minilmv2', relation_heads=8)], [SOFT])}
+# Settings of `lean.distill` for the first half of the steps and for the second; one is for all.
+VARIANTS = {name: (dict(losses=[loss]),) for name, loss in LABELS.items()} | {
+    'distilbert': (dict(losses=DISTILBERT),),
+    'tinybert': (dict(losses=tinybert('uniform')), dict(losses=[SOFT])),
+    'tinybert-last': (dict(losses=tinybert('last')), dict(losses=[SOFT])),
+    'minilmv2': (dict(losses=[dict(kind='minilmv2', relation_heads=8)]), dict(losses=[SOFT])),
+    'on_policy': (dict(losses=[SOFT]),
+                  dict(losses=[REVERSE], on_policy=dict(fraction=1., tokens=WRITTEN)))}
 
 
 def measured(teacher, train, test, seed, *, steps, batch=16, peak=2e-3):
@@ -57,17 +67,27 @@ def measured(teacher, train, test, seed, *, steps, batch=16, peak=2e-3):
   shared = dict(batch=batch, peak=peak, warmup=steps // 10, seed=seed)
 
   def trained(stages, student):
-    for losses in stages:
-      student = lean.distill(teacher, train, student=student, losses=losses,
-                             steps=steps // len(stages), **shared)
+    for settings in stages:
+      student = lean.distill(teacher, train, student=student, steps=steps // len(stages),
+                             **settings, **shared)
     return student
   start = evenly(teacher, teacher.config.layers // 2)
   students = {name: trained(stages, start) for name, stages in VARIANTS.items()}
   students['hard'] = lean.train(start, train, steps=steps, **shared)
-  students['random'] = trained((DISTILBERT,), lean.create(start, seed=seed))
+  students['random'] = trained(VARIANTS['distilbert'], lean.create(start, seed=seed))
+  students['sequence'] = lean.train(start, written(teacher, train, seed), steps=steps, **shared)
   return {name: dict(perplexity=lean.evaluate(student, test)['perplexity'],
                      own_text=judged(teacher, student, test, seed))
           for name, student in students.items()}
+
+
+def written(teacher, windows, seed):
+  """What the teacher says after the beginnings of texts, to learn from."""
+  prompts = [teacher.tokenizer.decode(row) for row in windows.array[:PROMPTS, :PROMPT]]
+  with tempfile.TemporaryDirectory() as folder:
+    out = pathlib.Path(folder, 'written.jsonl')
+    lean.write_data(teacher, prompts, out, tokens=LENGTH, batch=64, seed=seed, finished=False)
+    return lean.completions(teacher, out, length=windows.length)
 
 
 def judged(teacher, student, windows, seed):
@@ -98,8 +118,12 @@ def claims():
       less('MiniLMv2: relations first beat soft labels alone', 'minilmv2', 'forward_kl'),
       less('MiniLLM: reverse KL writes what the teacher finds more probable', 'reverse_kl',
            'forward_kl', 'own_text'),
+      less('GKD: on what it writes itself, it writes what the teacher finds more probable',
+           'on_policy', 'forward_kl', 'own_text'),
       less('DistiLLM: skewed KL beats KL', 'skew_kl', 'forward_kl'),
-      less('DistiLLM: skewed reverse KL beats reverse KL', 'skew_reverse_kl', 'reverse_kl'))
+      less('DistiLLM: skewed reverse KL beats reverse KL', 'skew_reverse_kl', 'reverse_kl'),
+      less("Sequence-level: from the teacher's texts it writes what the teacher finds probable",
+           'sequence', 'hard', 'own_text'))
 
 
 def main(argv=None):
