@@ -19,7 +19,7 @@ import sys
 
 import lean_jax as lean
 from lean_jax import tree
-from lean_jax.api import MATRICES
+from lean_jax.calibration.quantize import MATRICES
 from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.pipeline import on_text
 from lean_jax.quantization import mixed
