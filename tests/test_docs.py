@@ -3,6 +3,7 @@ import importlib.util
 import pathlib
 import re
 
+from lean_jax.api.adapters import ADAPTERS
 from lean_jax.kernels.native import library
 from lean_jax.models.families import FAMILIES
 from lean_jax.quantization.spec import KNOWN
@@ -61,3 +62,19 @@ def test_what_is_said_to_run_of_each_op_is_what_runs():
       not any(f'benchmarks/{s}' in f.read_text()
               for f in (DOCS.parent / 'benchmarks' / 'results').glob('*.md'))
       for s in page.MEASURED)
+
+
+def test_each_loss_and_each_way_to_a_student_is_in_the_page_of_distillation():
+  page, text = script('distillation'), (DOCS / 'distillation.md').read_text()
+  found = set(re.findall(r'^\| `([^`]+)` \|', text, re.MULTILINE))
+  assert set(page.LOSSES) <= found
+  assert all(f'| {place} |' in text for place in page.PLACES)
+  assert '**fails**' not in text
+
+
+def test_each_adapter_is_in_its_page():
+  page, text = script('adapt'), (DOCS / 'adapt.md').read_text()
+  found = set(re.findall(r'^\| `([^`]+)` \|', text, re.MULTILINE))
+  assert set(ADAPTERS) | {'bitfit'} == set(page.METHODS) == found
+  assert all(f'| {place} |' in text for place in page.PLACES)
+  assert '**fails**' not in text

@@ -11,6 +11,7 @@ from lean_jax.data.packed import check_reads_text, packed_windows
 from lean_jax.data.paired import paired_windows
 from lean_jax.distillation import narrow
 from lean_jax.distillation.cache import Cache, check_teachers, open_cache, write_cache
+from lean_jax.distillation.elsewhere import Elsewhere
 from lean_jax.distillation.losses import check_tokenizers, soft_and_hard
 from lean_jax.distillation.start import evenly
 from lean_jax.errors import InputError
@@ -47,7 +48,8 @@ def distill(teacher: Model | Sequence[Model] | None, data, *, student: Model | N
             keep: int | None = None, temperature: float | None = None,
             soft_weight: float | None = None, losses: Sequence[Mapping[str, Any]] | None = None,
             cache=None, init: str = 'alternating',
-            on_policy: Mapping[str, Any] | None = None, **settings) -> Model:
+            on_policy: Mapping[str, Any] | None = None, teacher_mesh=None, top_k: int = 64,
+            **settings) -> Model:
   """A smaller model trained on what the teacher shows, and on the text.
 
   Args:
@@ -64,6 +66,9 @@ def distill(teacher: Model | Sequence[Model] | None, data, *, student: Model | N
     on_policy: dict(fraction=.5, tokens=64, temperature=1.): on this part of the steps, the student
       writes the last `tokens` of each window itself, and the losses are on that: see
       `distillation.on_policy`.
+    teacher_mesh: of `training.mesh.make_mesh`, of other devices than `mesh` is: the teacher works
+      on them, a batch ahead, and the losses are on its `top_k` most probable tokens and the rest,
+      as those of a cache: see `distillation.elsewhere`.
     settings: of `train`.
 
   Raises:
@@ -91,6 +96,13 @@ def distill(teacher: Model | Sequence[Model] | None, data, *, student: Model | N
       raise InputError('a cache has no labels of what the student writes; leave it or on_policy '
                        'out')
     return train(student, data, cache=cache, losses=losses, **settings)
+  if teacher_mesh is not None:
+    if len(teachers) > 1 or on_policy is not None or (
+        _tokenizer(teachers) != student.tokenizer.fingerprint):
+      raise InputError('teacher_mesh is for one teacher, of the same tokenizer, and for texts; '
+                       'leave it, or the other teachers and on_policy, out')
+    return train(student, data, cache=Elsewhere(teachers[0], teacher_mesh, top_k), losses=losses,
+                 **settings)
   if on_policy is not None:
     if not isinstance(on_policy, Mapping):
       raise InputError(f'on_policy {on_policy!r}; expected dict(fraction=.5, tokens=64), say')

@@ -9,8 +9,9 @@ from lean_jax.api.model import Model
 from lean_jax.calibration.quantize import quantize
 from lean_jax.data.batches import Batches
 from lean_jax.data.packed import packed_windows
-from lean_jax.distillation.cache import Cache, LabelledBatches, check_labels, open_cache
+from lean_jax.distillation.cache import Cache, open_cache
 from lean_jax.distillation.completions import Completions
+from lean_jax.distillation.elsewhere import Elsewhere
 from lean_jax.errors import InputError
 from lean_jax.training import finetune as tuning
 from lean_jax.training import recipe
@@ -25,10 +26,11 @@ def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3
     data: a path (see `data.sources.open_source`), a Source, or Windows; or `completions`.
     window: tokens a window; None is the model's context, at most 512.
     workdir: where checkpoints and metrics go; the same call goes on from what is there.
-    cache: a folder of `cache_teacher`, or its Cache: the losses then look at the labels in it.
+    cache: a folder of `cache_teacher`, or its Cache: the losses then look at the labels in it; or
+      a `distillation.elsewhere.Elsewhere`, which makes them.
     settings: of `training.recipe.train`: warmup, weight_decay, trainable, hooks, mesh, ...
   """
-  if cache is not None and not isinstance(cache, Cache):
+  if cache is not None and not isinstance(cache, (Cache, Elsewhere)):
     cache = open_cache(cache)
   with _batches(model, data, batch, seed, window, field, cache) as batches:
     params, _ = recipe.train(model.module, model.params, batches, steps=steps, peak=peak, seed=seed,
@@ -104,13 +106,11 @@ def _batches(model, data, batch, seed, window, field, cache):
   """What `train` learns from, for as long as the block lasts."""
   if isinstance(data, Completions):
     if window is not None or cache is not None:
-      raise InputError('completions with a window or a cache; they have a length of their own, and '
-                       'caches are of text alone: leave both out')
+      raise InputError('completions with a window, a cache or a teacher_mesh; they have a length '
+                       'of their own, and labels are of text alone: leave these out')
     yield Batches(data, batch, seed)
     return
-  window = window or (min(model.config.context, 512) if cache is None else cache.length)
+  window = window or getattr(cache, 'length', None) or min(model.config.context, 512)
   with packed_windows(data, 'train', model, window, field) as windows:
     batches = Batches(windows, batch, seed)
-    if cache is not None:
-      check_labels(cache, model.config, model.tokenizer, windows)
-    yield batches if cache is None else LabelledBatches(batches, cache)
+    yield batches if cache is None else cache.labelled(batches, model)

@@ -86,6 +86,15 @@ class Cache:
                        'it and make the cache again: the other files stay') from error
     return label_codes.read(self.codes, records)
 
+  def labelled(self, batches, student):
+    """Batches of the cache's windows with its labels, for a student.
+
+    Raises:
+      InputError: as of `check_labels`.
+    """
+    check_labels(self, student.config, student.tokenizer, batches.windows)
+    return LabelledBatches(batches, self)
+
   def _damaged(self, rows):
     """The first file that cannot be opened, or in which one of these windows cannot be read."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -235,13 +244,14 @@ def check_losses(losses):
   for given in losses:
     kind = given.get('kind') if isinstance(given, dict) else None
     if kind in terms.KINDS:
-      raise InputError(f'{kind} looks at layers of the teacher, and a cache has its labels alone; '
-                       'leave the loss out, or the cache')
+      raise InputError(f'{kind} looks at layers of the teacher, and a cache or a teacher_mesh '
+                       'gives its labels alone; leave the loss out, or those')
     if kind == 'uld':
-      raise InputError('uld is for another tokenizer, and a cache has labels of the same tokens; '
-                       'leave the loss out, or the cache')
+      raise InputError('uld is for another tokenizer, and a cache or a teacher_mesh gives labels '
+                       'of the same tokens; leave the loss out, or those')
     if kind == 'top_k':
-      raise InputError('top_k of a cache, which has the top k alone; forward_kl of it is that')
+      raise InputError('top_k of a cache or a teacher_mesh, which give the top k alone; forward_kl '
+                       'of it is that')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -284,11 +294,15 @@ class LabelledBatches:
 
   def part(self, step, rows) -> dict[str, np.ndarray]:
     """Some rows of a step's batch: what a host reads of it."""
-    ids, log_probs = self.cache.labels(self.batches.rows(step, rows))
-    last = np.broadcast_to(np.arange(ids.shape[2], dtype=np.int32), (len(ids), 1, ids.shape[2]))
-    even = np.full((len(ids), 1, log_probs.shape[2]), -np.log(log_probs.shape[2]), np.float32)
-    return dict(self.batches.part(step, rows)) | {
-        IDS: np.concatenate([ids, last], 1), LOG_PROBS: np.concatenate([log_probs, even], 1)}
+    return dict(self.batches.part(step, rows)) | of_batch(
+        *self.cache.labels(self.batches.rows(step, rows)))
+
+
+def of_batch(ids, log_probs):
+  """Labels [B T-1 k] and [B T-1 k+1] as a batch has them, a position more that no loss counts."""
+  last = np.broadcast_to(np.arange(ids.shape[2], dtype=np.int32), (len(ids), 1, ids.shape[2]))
+  even = np.full((len(ids), 1, log_probs.shape[2]), -np.log(log_probs.shape[2]), np.float32)
+  return {IDS: np.concatenate([ids, last], 1), LOG_PROBS: np.concatenate([log_probs, even], 1)}
 
 
 def _agreed(missing, count):
@@ -312,7 +326,7 @@ def _write(path, model, windows, rows, form, batch, spread):
       tokens = np.zeros((batch, windows.length), np.int32)               # one program for all
       tokens[:len(some)] = windows.array[some.start:some.stop]
       with meshes.of(model.params):
-        found = _labels(model.module, model.params, tokens, form.k)
+        found = top_labels(model.module, model.params, tokens, form.k)
       ids, log_probs = process_allgather(found, tiled=True) if spread else jax.device_get(found)
       for k in range(0 if writer is None else len(some)):
         writer.write(label_codes.written(form, ids[k], log_probs[k]))
@@ -323,10 +337,11 @@ def _write(path, model, windows, rows, form, batch, spread):
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'k'))
-def _labels(module, params, tokens, k):
-  """The k most probable ids [B T-1 k] after each token but the last, and their Codes' columns.
+def top_labels(module, params, tokens, k):
+  """The k most probable ids [B T-1 k] after each token but the last, and their log-probabilities.
 
-  One row's logits are in memory at a time.
+  Those are [B T-1 k+1], the last of all other tokens together. One row's logits are in memory at a
+  time.
   """
   x, _ = module.apply({'params': params}, tokens, method='hidden')                   # [B T D]
 

@@ -270,11 +270,11 @@ import numpy as np
 import lean_jax as lean
 from lean_jax.data.windows import Windows
 from lean_jax.distillation import cache as caches
-model, array, real = lean.load(sys.argv[1]), np.load(sys.argv[2]), caches._labels
+model, array, real = lean.load(sys.argv[1]), np.load(sys.argv[2]), caches.top_labels
 def slow(*given):
   time.sleep(.2)
   return real(*given)
-caches._labels = slow
+caches.top_labels = slow
 caches.write_cache(model, Windows(array, array.size, array.size, 1, 'text 0'), sys.argv[3],
                    k=int(sys.argv[4]), batch=2, file_bytes=int(sys.argv[5]))
 """
@@ -353,7 +353,7 @@ def test_two_processes_write_the_labels_of_one(tiny_model, cache, tmp_path, how)
 
 def test_what_failed_is_written_by_the_same_call(tiny_model, cache, tmp_path, monkeypatch):
   text, size = windows(tiny_model), cache.each * sum(cache.codes.sizes)
-  real, calls = caches._labels, []
+  real, calls = caches.top_labels, []
 
   def failing(*given):
     calls.append(1)
@@ -361,12 +361,12 @@ def test_what_failed_is_written_by_the_same_call(tiny_model, cache, tmp_path, mo
       raise KeyboardInterrupt
     return real(*given)
   again = lambda: write_cache(tiny_model, text, tmp_path / 'c', k=K, batch=2, file_bytes=size)
-  monkeypatch.setattr(caches, '_labels', failing)
+  monkeypatch.setattr(caches, 'top_labels', failing)
   with pytest.raises(KeyboardInterrupt):
     again()
   assert sorted(p.name for p in (tmp_path / 'c').iterdir()) == [
       'cache.json', 'labels-00000.array_record']                    # nothing half-written
-  monkeypatch.setattr(caches, '_labels', real)
+  monkeypatch.setattr(caches, 'top_labels', real)
   again()
   for mine, other in zip(open_cache(tmp_path / 'c').paths, cache.paths):
     assert mine.read_bytes() == other.read_bytes()
