@@ -8,9 +8,9 @@ from lean_jax.api.adapters import attach
 from lean_jax.api.model import Model
 from lean_jax.calibration.quantize import quantize
 from lean_jax.data.batches import Batches
+from lean_jax.data.example_windows import ExampleWindows
 from lean_jax.data.packed import packed_windows
 from lean_jax.distillation.cache import Cache, open_cache
-from lean_jax.distillation.completions import Completions
 from lean_jax.distillation.elsewhere import Elsewhere
 from lean_jax.errors import InputError
 from lean_jax.training import finetune as tuning
@@ -23,7 +23,8 @@ def train(model: Model, data, *, steps: int, batch: int = 16, peak: float = 1e-3
   """Trains on text: the adapters if the model has any, else all of it.
 
   Args:
-    data: a path (see `data.sources.open_source`), a Source, or Windows; or `completions`.
+    data: a path (see `data.sources.open_source`), a Source, or Windows; or ExampleWindows, of
+      `completions` say.
     window: tokens a window; None is the model's context, at most 512.
     workdir: where checkpoints and metrics go; the same call goes on from what is there.
     cache: a folder of `cache_teacher`, or its Cache: the losses then look at the labels in it; or
@@ -104,7 +105,7 @@ def follow(model: Model, windows, *, method: str, epochs: float = 3., steps: int
 @contextlib.contextmanager
 def _batches(model, data, batch, seed, window, field, cache):
   """What `train` learns from, for as long as the block lasts."""
-  if isinstance(data, Completions):
+  if isinstance(data, ExampleWindows):
     if window is not None or cache is not None:
       raise InputError('completions with a window, a cache or a teacher_mesh; they have a length '
                        'of their own, and labels are of text alone: leave these out')

@@ -1,50 +1,18 @@
 """Prompts and what follows them, as rows of which the completion alone is learned."""
 import dataclasses
-import functools
-import hashlib
 
 import numpy as np
 
 from lean_jax.data import reading
+from lean_jax.data.example_windows import arranged
+from lean_jax.data.examples import Example
 from lean_jax.data.text import parsed
-from lean_jax.data.windows import Rows
 from lean_jax.errors import InputError
 from lean_jax.generation.text import encoded, is_chat, reads
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Completions(Rows):
-  """Rows of one length, filled up after their end.
-
-  Attributes:
-    array: [n T], ids.
-    begins, ends: [n], the places of a completion's first token, and after its last.
-  """
-  array: np.ndarray
-  begins: np.ndarray
-  ends: np.ndarray
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """Of the ids and of what is learned of them."""
-    digest = hashlib.blake2b(digest_size=16)
-    for x in (self.array, self.begins, self.ends):
-      digest.update(np.ascontiguousarray(x).tobytes())
-    return digest.hexdigest()
-
-  def batch(self, rows):
-    """tokens, mask and labels, [B T]: see `objectives.forward`. Labels are the token after each
-    where that is of a completion, else -1; what fills a row up is masked.
-    """
-    tokens, at = self.array[rows].astype(np.int32), np.arange(self.length)[None]
-    begins, ends = self.begins[rows, None], self.ends[rows, None]
-    learned = (begins <= at + 1) & (at + 1 < ends)
-    labels = np.where(learned, np.roll(tokens, -1, axis=1), -1).astype(np.int32)
-    return dict(tokens=tokens, mask=at < ends, labels=labels)
-
-
 def completions(model, data, *, length=None, prompt='prompt', completion='completion'):
-  """The Completions of JSON lines such as `generated.write_data` writes.
+  """The ExampleWindows of JSON lines such as `generated.write_data` writes, one a row.
 
   A prompt is read as `generate` reads it, and the completion with it, as one text; what is learned
   begins with the first token that the prompt alone does not have. The token that ends texts follows
@@ -78,15 +46,19 @@ def completions(model, data, *, length=None, prompt='prompt', completion='comple
     if line.get('finished', True) and model.tokenizer.ends:
       ids = np.append(ids, np.int32(model.tokenizer.ends[0]))
     if begin < len(ids) <= most:
-      found.append((ids, begin))
+      found.append(Example(np.asarray(ids, np.int32), np.arange(len(ids)) >= begin))
   if not found:
     raise InputError(f'none of {len(data)} lines has a completion within {most} tokens; give a '
                      'greater length, or shorter prompts')
-  width = length or max(len(ids) for ids, _ in found)
-  array = np.zeros((len(found), width), np.int32)
-  for row, (ids, _) in zip(array, found):
-    row[:len(ids)] = ids
-  return Completions(array, np.array([b for _, b in found]), np.array([len(i) for i, _ in found]))
+  rows = arranged(found, most, packed=False)
+  return rows if length is None else _filled(rows, length)
+
+
+def _filled(rows, length):
+  """ExampleWindows of one example a row, with room up to a length."""
+  more = lambda x, value: np.pad(x, ((0, 0), (0, length - rows.length)), constant_values=value)
+  return dataclasses.replace(rows, array=more(rows.array, 0), segments=more(rows.segments, 0),
+                             labels=more(rows.labels, -1))
 
 
 def _joined(model, prompt, completion):

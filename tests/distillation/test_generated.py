@@ -249,8 +249,9 @@ def test_a_token_across_the_boundary_is_learned(tiny_model):
   given = dict(prompt='the qui', completion='ck brown')            # 'quick' is a token
   data = completions(tiny_model, [given])
   before = lean.generation.text.encoded(tiny_model, given['prompt'])
-  assert data.begins[0] < len(before)
-  assert data.array[0, data.begins[0]] != before[data.begins[0]]
+  begin = np.flatnonzero(data.labels[0] >= 0)[0] + 1
+  assert begin < len(before)
+  assert data.array[0, begin] != before[begin]
 
 
 def test_gradients_come_from_completions_alone_and_rows_fill_up_to_no_effect(tiny_model):
