@@ -11,6 +11,7 @@ import lean_jax as lean
 from lean_jax import tree
 from lean_jax.adapters.trained import trained
 from lean_jax.models.encoder import EncoderConfig
+from lean_jax.models.families import family_of
 from lean_jax.models.prefix import settled
 from lean_jax.models.stack import empty_cache, framed
 from lean_jax.objectives.forward import targets
@@ -26,7 +27,7 @@ BEFORE = dict(prefix=dict(tokens=3, hidden=8), p_tuning_v2=dict(tokens=3), promp
 
 def model(name, tiny_model, **change):
   module, params = fresh(name, **change)
-  family = lean.api.family_of(dict(model_type=name))
+  family = family_of(dict(model_type=name))
   return lean.Model(family, module.config, params, tiny_model.tokenizer)
 
 
@@ -164,7 +165,7 @@ def test_a_prefix_before_an_encoder_changes_every_token(tiny_model):
   config = EncoderConfig(vocabulary=40, width=16, layers=2, heads=4, groups=2, head_width=8,
                          hidden=24, context=32)
   params = jax.jit(config.module.init)(jax.random.key(0), TOKENS % 40)['params']
-  base = lean.Model(lean.api.family_of(dict(model_type='bert')), config, params,
+  base = lean.Model(family_of(dict(model_type='bert')), config, params,
                     tiny_model.tokenizer)
   m = lean.attach(base, 'p_tuning_v2', tokens=2)
   run = lambda m: np.asarray(m.module.apply({'params': m.params}, TOKENS % 40)[0])
@@ -180,7 +181,7 @@ def bare(name):
     factors = [1.] * 8
     hf |= dict(original_max_position_embeddings=32, rope_parameters=dict(
         rope_type='longrope', rope_theta=1e4, short_factor=factors, long_factor=factors))
-  family = lean.api.family_of(hf)
+  family = family_of(hf)
   return lean.Model(family, family.from_hf(hf), dict(layers={}), None)
 
 
