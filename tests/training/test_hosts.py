@@ -13,6 +13,7 @@ from lean_jax.training import hosts
 from lean_jax.training.checkpoint import load_model
 from tests.training import host_worker
 from tests.training.hosts_run import (
+  LIMIT,
   ended,
   finished,
   launch,
@@ -52,7 +53,7 @@ def test_two_hosts_of_which_one_dies_and_all_start_again_compute_what_one_does(
     cache, alone, tmp_path):
   given = dict(workdir=str(tmp_path), steps=6, mesh=MESH, save_every=3)
   processes = launch(cache, 2, given | dict(die=[1, 5, 3]))
-  assert processes[1].wait(timeout=120) == -signal.SIGKILL
+  assert processes[1].wait(timeout=LIMIT) == -signal.SIGKILL
   died = time.monotonic()
   (code, said), _ = ended(processes)
   assert time.monotonic() - died < STOPS and code != 0, said
@@ -105,6 +106,14 @@ def test_one_process_agrees_with_itself():
 @pytest.mark.slow
 def test_four_hosts_compute_what_one_does(cache, alone, tmp_path):
   finished(launch(cache, 4, dict(workdir=str(tmp_path), steps=6, mesh=MESH)))
+  same(tmp_path, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('whose', [0, 1])
+def test_hosts_wait_for_the_slowest_compiler(whose, cache, alone, tmp_path):
+  """Longer than the half minute that collectives of CPUs wait for each other."""
+  finished(launch(cache, 2, dict(workdir=str(tmp_path), steps=6, mesh=MESH, late=[whose, 45])))
   same(tmp_path, alone)
 
 
