@@ -78,3 +78,24 @@ def test_each_adapter_is_in_its_page():
   assert set(ADAPTERS) | {'bitfit'} == set(page.METHODS) == found
   assert all(f'| {place} |' in text for place in page.PLACES)
   assert '**fails**' not in text
+
+
+def test_a_plan_that_is_made_again_leaves_the_rows_of_the_others(monkeypatch):
+  page, text = script('scale'), (DOCS / 'scale.md').read_text()
+  monkeypatch.setattr(page, 'versions', lambda *_: 'today')
+  titles = [title for title, *_ in page.PLANS]
+  made = page.tables(text)
+  assert [list(rows) for _, rows in made] == [titles] * 3
+  same = page.tables(page.page({}, text))
+  assert same == made
+  plan = dict(mesh=dict(fsdp=4), tokens=8, arguments=1 << 30, temporaries=0, total=1 << 30, limit=0,
+              fits=False, operations=1e12, model_operations=1e12, replicated=[],
+              collectives={'all-gather': (2, 1 << 30), 'collective-permute': (3, 1 << 30)})
+  new = page.tables(page.page({titles[0]: plan}, text))
+  for (_, rows), (_, before) in zip(new, made):
+    assert [rows[t][:3] for t in titles[1:]] == [before[t][:3] for t in titles[1:]]
+  sizes, talk, _ = new
+  assert sizes[1][titles[0]] == [titles[0], 'fsdp 4', '8', '1.00', '0.00', '1.00', '-', 'no']
+  assert talk[0][-1] == 'collective-permute:'
+  assert dict(zip(talk[0], talk[1][titles[0]]))['collective-permute:'] == '3 (1.00)'
+  assert talk[1][titles[1]][-1] == '-'

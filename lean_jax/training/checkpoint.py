@@ -8,6 +8,7 @@ import contextlib
 import json
 import pathlib
 import shutil
+import time
 import warnings
 
 import jax
@@ -47,6 +48,7 @@ class Checkpoints:
     self._warn = warn
     self._manager = None                               # made by the first save
     self._quiet = contextlib.ExitStack()               # open as long as the manager
+    self._errors = []                                  # of its threads
     self._at = -1                                      # the step last saved or restored
     self._damaged = ()
 
@@ -77,6 +79,7 @@ class Checkpoints:
     items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items() if tree}
     self._check_alone()
     with self._told():
+      self._agree_on_the_one_before()
       self._writer().save(step, force=True, args=ocp.args.Composite(
           meta=ocp.args.JsonSave(document), **items))
     self._at = step
@@ -123,6 +126,7 @@ class Checkpoints:
     """Returns once everything is on disk; raises InputError if the disk is full."""
     if self._manager is not None:
       with self._told():
+        self._agree_on_the_one_before()
         self._manager.wait_until_finished()
 
   def close(self):
@@ -171,10 +175,29 @@ class Checkpoints:
       return self._manager
     self._remove(*(str(s) for s in self._damaged), _UNFINISHED)
     self._damaged = ()
-    self._quiet.enter_context(stored.unheard())
+    self._errors = []
+    self._quiet.enter_context(stored.unheard(self._errors))
     self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(self.keep)))
     return self._manager
+
+  def _agree_on_the_one_before(self):
+    """Waits for the save under way, on several hosts; an error of one is an error of all.
+
+    The host whose thread fails, and the threads of the others, wait for each other at different
+    barriers of Orbax, for ten minutes; so all hear of it here, and part.
+    """
+    while hosts.several() and self._manager is not None:
+      error = f'{type(self._errors[0]).__name__}: {self._errors[0]}' if self._errors else None
+      said = hosts.of_all([self._manager.is_saving_in_progress(), error])
+      failed = [f'host {k}: {error}' for k, (_, error) in enumerate(said) if error]
+      if failed:
+        hosts.part()
+        raise self._errors[0] if self._errors else InputError(
+            f'{self.folder} cannot be written by {failed[0]}')
+      if not any(saving for saving, _ in said):
+        return
+      time.sleep(.1)
 
   def _discard(self):
     manager, self._manager = self._manager, None

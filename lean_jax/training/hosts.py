@@ -77,10 +77,19 @@ def of_first(value):
   return json.loads(_texts(json.dumps(value))[0]) if several() else value
 
 
+def of_all(value):
+  """Every host's value, in their order: anything that JSON holds."""
+  return [json.loads(t) for t in _texts(json.dumps(value))] if several() else [value]
+
+
 def of_any(text):
   """The first text that is not None among those of all hosts; None if all are."""
-  found = map(json.loads, _texts(json.dumps(text))) if several() else [text]
-  return next((t for t in found if t is not None), None)
+  return next((t for t in of_all(text) if t is not None), None)
+
+
+def part():
+  """Leaves the other hosts, as all do at this moment; threads that wait for one wait no more."""
+  jax.distributed.shutdown()
 
 
 def agree(what, document):

@@ -120,7 +120,11 @@ def fit(loss_fn, params, batches, tx, *, steps, trainable='.*', frozen=None, mes
       batch = meshes.step_batch(batches, step, mesh)
       if rollout is not None:
         batch = rollout(tree.merge(state.train, rest), batch, key, step)
-      state, metrics, good = update(state, rest, frozen, batch, key, np.int32(step))
+      given = state, rest, frozen, batch, key, np.int32(step)
+      if step == first and hosts.several():            # within a step they do not wait for long
+        update.lower(*given).compile()
+        hosts.barrier('the step is compiled')
+      state, metrics, good = update(*given)
       unseen.append((step, metrics['loss'], good))
       done = step + 1
       stopping = stop() or hosts.asked_to_stop()

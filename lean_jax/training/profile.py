@@ -2,6 +2,7 @@
 import jax
 
 from lean_jax.errors import InputError
+from lean_jax.training import hosts
 
 
 def steps_of(text):
@@ -36,6 +37,7 @@ class Profile:
     if self._tracing and step >= self._last:
       jax.block_until_ready(metrics)
       self.close()
+      hosts.barrier('the trace is written')            # that takes each its own time
 
   def close(self):
     """Ends a trace under way."""

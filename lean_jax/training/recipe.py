@@ -73,11 +73,9 @@ def train(module, params, batches, *, steps, teacher=None, cached=False, losses=
     if folder is not None:
       checkpoints = stack.enter_context(Checkpoints(pathlib.Path(folder, 'checkpoints'),
                                                     every=save_every))
-      first = checkpoints.latest() or 0
       if hosts.first():
         rates = rates_of(module, params, batches, trainable, teacher, mesh, steps)
-        hooks = (*hooks, stack.enter_context(
-            Metrics(folder, every=log_every, first=first, rates=rates)))
+        hooks = (*hooks, stack.enter_context(Metrics(folder, every=log_every, rates=rates)))
     params, seconds = fit(
         made.loss, made.params, batches, made.tx, steps=steps, trainable=made.trainable,
         frozen=made.frozen, mesh=mesh, accumulate=accumulate, seed=seed, hooks=hooks,

@@ -99,10 +99,17 @@ def read_tree(folder, like, digests):
 
 
 @contextlib.contextmanager
-def unheard():
-  """Inside, Orbax does not log: pages about errors that it also raises, told here in a line."""
+def unheard(errors=None):
+  """Inside, Orbax does not log: pages about errors that it also raises, told here in a line.
+
+  Args:
+    errors: None, or a list that is given those errors, in whatever thread they were met.
+  """
   def keep(record):
-    return 'orbax' not in record.pathname
+    ours = 'orbax' not in record.pathname
+    if not ours and errors is not None and record.exc_info and record.exc_info[1] is not None:
+      errors.append(record.exc_info[1])
+    return ours
   logger = logging.getLogger('absl')
   logger.addFilter(keep)
   try:

@@ -44,10 +44,10 @@ def start(tmp_path_factory):
 @pytest.mark.slow
 def test_two_hosts_make_the_report_of_one(start, tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
-  (code, said), = ended(start(1, one), 300)
+  (code, said), = ended(start(1, one))
   assert code == 0, said
   mesh = ['--config.mesh.data=2', '--config.mesh.fsdp=2']
-  found = ended(start(2, two, *mesh, '--profile=10:12'), 400)
+  found = ended(start(2, two, *mesh, '--profile=10:12'))
   assert [code for code, _ in found] == [0, 0], found
   assert 'student' in found[0][1] and found[1][1] == ''             # only the first one prints
   reports = [json.loads((w / 'report.json').read_text()) for w in (one, two)]
@@ -56,14 +56,14 @@ def test_two_hosts_make_the_report_of_one(start, tmp_path):
   params, _ = load_model(two / 'variants/student')
   assert params
   assert list((two / 'training/student/profile').rglob('*.xplane.pb'))
-  again = ended(start(2, two, *mesh), 300)
+  again = ended(start(2, two, *mesh))
   assert [code for code, _ in again] == [0, 0] and 'done before' in again[0][1]
 
 
 @pytest.mark.slow
 def test_two_hosts_with_other_configs_say_so(start, tmp_path):
   found = ended(start(2, tmp_path / 'w', '--config.mesh.data=4',
-                      more=[[], ['--config.training.batch=16']]), 200)
+                      more=[[], ['--config.training.batch=16']]))
   assert [code for code, _ in found] == [2, 2]
   assert all('disagree on the config: config.training.batch is 8 on host 0, 16 on host 1' in said
              for _, said in found), found

@@ -27,7 +27,7 @@ def setting(tmp_path_factory):
   return command, environment
 
 
-def until(process, path, step, limit=120):
+def until(process, path, step, limit=1200):
   """Waits for a step's line in a file of metrics."""
   end = time.monotonic() + limit
   while time.monotonic() < end and process.poll() is None:

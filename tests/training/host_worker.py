@@ -18,7 +18,7 @@ from lean_jax.data.batches import Batches
 from lean_jax.data.windows import Windows
 from lean_jax.errors import LeanError, Preempted
 from lean_jax.models.decoder import DecoderConfig
-from lean_jax.training import hosts, recipe
+from lean_jax.training import hosts, loop, recipe
 from lean_jax.training import mesh as meshes
 from lean_jax.training.checkpoint import save_model
 
@@ -43,13 +43,16 @@ def run(given):
   Args:
     given: workdir, steps, mesh; settings of `recipe.train`; and what befalls the run: `sleep`,
       seconds after each step; `die`, [host, step], or [host, step, N], once step N is
-      saved; `stop_at`, a step; `full_at`, the step whose save finds a full disk; `model`, where
-      the finished one is saved by all.
+      saved; `stop_at`, a step; `full_at`, the step whose save finds a full disk; `late`, [host,
+      seconds], whose compiler takes so much longer; `model`, where the finished one is saved by
+      all.
   """
   given, at = dict(given), [0]
   workdir = given.pop('workdir')
-  sleep, die, stop_at, full_at, model = (given.pop(k, None) for k in (
-      'sleep', 'die', 'stop_at', 'full_at', 'model'))
+  sleep, die, stop_at, full_at, late, model = (given.pop(k, None) for k in (
+      'sleep', 'die', 'stop_at', 'full_at', 'late', 'model'))
+  if late and late[0] == jax.process_index():
+    loop._gradient = delayed(loop._gradient, late[1])
 
   def hook(step, metrics):
     at[0] = step
@@ -71,6 +74,13 @@ def run(given):
   return hosts.local(params)
 
 
+def delayed(traced, seconds):
+  def function(*arguments):
+    time.sleep(seconds)
+    return traced(*arguments)
+  return function
+
+
 def full(*_):
   raise OSError(errno.ENOSPC, 'No space left on device')
 
@@ -83,6 +93,7 @@ def main(given, count, host, port):
       hosts.start(count, coordinator=f'localhost:{port}', host=int(host),
                   heartbeat=given.pop('heartbeat', 10))
     params = run(given)
+    hosts.barrier('all have it')                       # at its end JAX waits for a heartbeat at most
   except Preempted as error:
     print(error, file=sys.stderr)
     return 0

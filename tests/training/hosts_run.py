@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
+LIMIT = 1200                           # seconds, on a machine with much else to do
 
 
 def launch(cache, count, given, *, devices=None):
@@ -35,7 +36,7 @@ def launch(cache, count, given, *, devices=None):
       for k in range(count)]
 
 
-def ended(processes, limit=400):
+def ended(processes, limit=LIMIT):
   """[(exit code, what was printed)] of processes that end within some seconds."""
   end, out = time.monotonic() + limit, []
   try:
@@ -48,7 +49,7 @@ def ended(processes, limit=400):
   return out
 
 
-def finished(processes, limit=400):
+def finished(processes, limit=LIMIT):
   """What processes printed that all end well."""
   found = ended(processes, limit)
   assert [code for code, _ in found] == [0] * len(found), found
@@ -85,7 +86,7 @@ def ulps(a, b):
   return np.abs(a.view(np.int32).astype(np.int64) - b.view(np.int32))
 
 
-def until(processes, done, limit=400):
+def until(processes, done, limit=LIMIT):
   """Waits until `done()`; False if a process ended before."""
   end = time.monotonic() + limit
   while not done():

@@ -240,9 +240,10 @@ def kill_in_a_save(folder, more, delay=0.):
   first = Checkpoints(folder, every=1).latest() or 0
   child = subprocess.Popen([sys.executable, '-c', CHILD, folder],
                            env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)})
-  target = pathlib.Path(folder, f'{first + more}.orbax-checkpoint-tmp')
-  deadline = time.monotonic() + 60
-  while not target.exists():
+  steps = lambda: (p.name.partition('.')[0] for p in pathlib.Path(folder).iterdir())
+  deadline = time.monotonic() + 600
+  # A save that was too quick to be seen counts too: the next one is under way.
+  while not any(int(step) >= first + more for step in steps() if step.isdecimal()):
     assert child.poll() is None
     assert time.monotonic() < deadline
     time.sleep(.0005)

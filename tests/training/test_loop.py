@@ -205,11 +205,26 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path):
     write(1, 6)
   with (tmp_path / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 6, "lo')                                       # killed while writing
-  with Metrics(tmp_path, every=1, first=3) as hook:
+  with Metrics(tmp_path, every=1) as hook:
     write(4, 8)
   steps = [json.loads(x)['step'] for x in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert steps == [1, 2, 3, 4, 5, 6, 7]
   assert list(tmp_path.glob('events.*'))
+
+
+def test_a_run_that_passes_over_a_damaged_checkpoint_writes_no_step_twice(tmp_path):
+  at = [0]
+  run = lambda **more: train(MODULE, initial(), Batches(), steps=4, peak=1e-3, folder=tmp_path,
+                             save_every=1, log_every=1, **more)
+  with pytest.raises(Preempted):
+    run(hooks=(lambda step, _: at.__setitem__(0, step),), stop=lambda: at[0] == 2)
+  files = (tmp_path / 'checkpoints' / '3' / 'params' / 'd').iterdir()
+  largest = max(files, key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:-20])
+  with pytest.warns(UserWarning, match='went back to step 2'):
+    run()
+  steps = [json.loads(x)['step'] for x in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert steps == [1, 2, 3, 4]
 
 
 def test_the_optimizer_spares_the_norms_and_names_bad_settings():
