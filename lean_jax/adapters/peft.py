@@ -27,7 +27,7 @@ from lean_jax.files import occupied, replace_folder
 from lean_jax.interop import shards, tensors
 from lean_jax.interop.hf import leaves
 from lean_jax.interop.names import pieces, place
-from lean_jax.models.prefix import check_takes_prefix
+from lean_jax.models.prefix import check_takes_prefix, put
 from lean_jax.models.segments import taken
 from lean_jax.training.digest import fingerprint
 from lean_jax.weights import Adapter, Bottleneck, LowRank, Magnitude, Prompt, Scaled, Vectors, bare
@@ -156,7 +156,7 @@ def load_peft(folder, family, config, params):
                      'was trained on, quantized the same way')
   if form in peft_prompts.READS:
     check_takes_prefix(config, Prompt if peft_prompts.READS[form] == 'prompt' else None)
-    return {**params, **peft_prompts.read(config, hf, found, folder)}
+    return put(config, params, *peft_prompts.read(config, hf, found, folder))
   shared = {k: found.pop(f'base_model.{k}', None) for k in ('vera_A', 'vera_B')}
   if form == 'VERA' and any(x is None for x in shared.values()):
     raise InputError(f"{folder} leaves VeRA's random matrices out (save_projection is false), and "
