@@ -15,7 +15,8 @@ def add_arguments(parser):
   """The settings of `lean.finetune`, as flags."""
   flag = parser.add_argument
   flag('--data', required=True, metavar='F', help='.jsonl, or a folder of them: an object a line '
-       'with messages, or instruction, input and output, or text')
+       'with messages, or instruction, input and output, or text; of an encoder-decoder with '
+       'source and target, or instruction, input and output')
   flag('--out', required=True, metavar='OUT', help='a new folder: of an adapter for the PEFT '
        'library, or of a whole model where PEFT has no such adapter')
   flag('--method', default='qlora', help='qlora, lora, dora, vera, pissa, ia3; houlsby, pfeiffer, '

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
-from lean_jax.models.prefix import PLACES, check_takes_prefix
+from lean_jax.models.prefix import check_takes_prefix, has_prefix, put
 from lean_jax.models.segments import extended, replaced
 from lean_jax.nn.mlp import ACTIVATIONS
 from lean_jax.weights.beside import Bottleneck, DeepPrefix, Prefix, Prompt
@@ -93,43 +93,51 @@ def prefix(config, params, *, key, tokens=16, hidden=512):
   Li and Liang 2021 (arXiv:2101.00190), section 4.3.
   """
   _check(config, params, tokens, Prefix)
-  N, G, K, D = config.layers, config.groups, config.head_width, config.width
+  N, G, K, D = _sizes(config)
   if hidden < 1:
     raise InputError(f'an MLP of {hidden}; give 1 or more, or use p_tuning_v2, which has none')
   draw = lambda k, *shape: jax.random.normal(jax.random.fold_in(key, k), shape)
-  return {**params, 'prefix': DeepPrefix(
+  return put(config, params, 'prefix', DeepPrefix(
       draw(0, tokens, D), draw(1, D, hidden) / math.sqrt(D), jnp.zeros(hidden),
-      draw(2, hidden, N * 2 * G * K) / math.sqrt(hidden), jnp.zeros(N * 2 * G * K), (N, G, K))}
+      draw(2, hidden, N * 2 * G * K) / math.sqrt(hidden), jnp.zeros(N * 2 * G * K), (N, G, K)))
 
 
 def p_tuning_v2(config, params, *, key, tokens=16):
   """Keys and values before every text, themselves trained (Liu et al. 2021, arXiv:2110.07602)."""
   _check(config, params, tokens, Prefix)
-  shape = (config.layers, tokens, config.groups, config.head_width)
-  k, v = (jax.random.normal(part, shape) for part in jax.random.split(key))
-  return {**params, 'prefix': Prefix(k, v)}
+  N, G, K, _ = _sizes(config)
+  k, v = (jax.random.normal(part, (N, tokens, G, K)) for part in jax.random.split(key))
+  return put(config, params, 'prefix', Prefix(k, v))
 
 
 def prompt(config, params, *, key, tokens=16):
-  """Embeddings before every text, which begin as those of tokens drawn from the vocabulary.
+  """Embeddings before every text, of an encoder and a decoder before every source, which begin as
+  those of tokens drawn from the vocabulary.
 
   Lester et al. 2021 (arXiv:2104.08691), section 3.2.
   """
   _check(config, params, tokens, Prompt)
-  if config.embedding_width not in (None, config.width):
+  reader = config.stacks.get('encoder/', config)
+  if reader.embedding_width not in (None, reader.width):
     raise InputError('a soft prompt for embeddings narrower than the model; use a prefix')
   ids = jax.random.randint(key, (tokens,), 0, config.vocabulary)
   rows = params['embed']['table'].take(ids).astype(jnp.float32)
-  return {**params, 'prompt': Prompt(rows * config.embedding_scale)}
+  return put(config, params, 'prompt', Prompt(rows * reader.embedding_scale))
 
 
 def _check(config, params, tokens, kind):
   check_takes_prefix(config, kind)
-  if any(name in params for name in PLACES):
+  if has_prefix(config, params):
     raise InputError('the model has a prefix or a prompt already; load it anew, without')
   if not 1 <= tokens < config.context:
     raise InputError(f'{tokens} tokens before every text; give 1 to {config.context - 1}, within '
                      'the context')
+
+
+def _sizes(config):
+  """N, G, K and D of the stack that a prefix stands in."""
+  c = config.decoding
+  return c.layers, c.groups, c.head_width, c.width
 
 
 METHODS = dict(houlsby=houlsby, pfeiffer=pfeiffer, parallel=parallel, prefix=prefix,

@@ -4,7 +4,7 @@ A tensor is 'base_model.model.' + a module of the Hugging Face model + what it i
 [R I] and lora_B.weight [O R] (of an embedding lora_embedding_A [R V] and lora_embedding_B [D R]),
 lora_magnitude_vector [O], ia3_l [O 1] or [1 I], vera_lambda_d [R] and vera_lambda_b [O]; VeRA's
 shared matrices are base_model.vera_A [R I] and base_model.vera_B [O R]. Prefixes and prompts are in
-`peft_prompts`.
+`peft_prompts`; `peft_parts` has modules that are several weights of ours, and experts.
 """
 import contextlib
 import hashlib
@@ -12,7 +12,6 @@ import json
 import math
 import os
 import pathlib
-import re
 from collections import Counter
 
 import jax
@@ -20,14 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lean_jax import tree
-from lean_jax.adapters import peft_prompts
+from lean_jax.adapters import peft_parts, peft_prompts
 from lean_jax.adapters.lora import SCALINGS, sides
+from lean_jax.adapters.peft_parts import pieces_of, setting_of
 from lean_jax.errors import InputError
 from lean_jax.files import occupied, replace_folder
 from lean_jax.interop import shards, tensors
 from lean_jax.interop.hf import leaves
 from lean_jax.interop.names import pieces, place
-from lean_jax.models.prefix import check_takes_prefix
+from lean_jax.models.prefix import check_takes_prefix, put
 from lean_jax.models.segments import taken
 from lean_jax.training.digest import fingerprint
 from lean_jax.weights import Adapter, Bottleneck, LowRank, Magnitude, Prompt, Scaled, Vectors, bare
@@ -40,7 +40,7 @@ _PREFIX = 'base_model.model.'
 _NEUTRAL = dict(
     bias=('none',), modules_to_save=(None, []), lora_bias=(False,), use_qalora=(False,),
     use_bdlora=(None, False), alora_invocation_tokens=(None,), trainable_token_indices=(None,),
-    target_parameters=(None, []), layer_replication=(None,), arrow_config=(None,),
+    layer_replication=(None,), arrow_config=(None,),
     kasa_config=(None,), velora_config=(None,), monteclora_config=(None,),
     megatron_config=(None,), init_lora_weights=(True, False, 'gaussian', 'eva', 'orthogonal'))
 
@@ -49,7 +49,8 @@ def save_peft(folder, family, config, params, *, overwrite=False):
   """Writes the adapters of a model, all of one kind, for `peft.PeftModel.from_pretrained`.
 
   The base is to be saved on its own; its fingerprint stands in the tensors' metadata. LoRA is
-  written as alpha = scale * rank, whatever its scaling was.
+  written as alpha = scale * rank, whatever its scaling was; of experts without dropout, which PEFT
+  does not have there.
 
   Args:
     folder: new, whole or untouched whatever happens.
@@ -70,9 +71,7 @@ def save_peft(folder, family, config, params, *, overwrite=False):
   if form == 'PROMPT':
     settings, arrays = peft_prompts.written(config, places)
   else:
-    weights = tree.named_weights(params)
-    modules = {module: weights[path] if k is None else taken(weights[path], k)
-               for module, (path, k) in places.items()}
+    modules = _modules(params, places)
     settings, arrays = _WRITERS[form](modules)
     named = _named(modules, _all_modules(family, config, params))
     settings = dict(target_modules=named(modules)) | settings
@@ -97,7 +96,7 @@ def refusal(family, config, params):
 
 
 def _written(family, config, params):
-  """The peft_type of a model's adapters, and {module: (the weight, where along its layers)}.
+  """The peft_type of a model's adapters, and {module: [(the weight's name, its Piece)]}.
 
   Of a prefix or a prompt it is 'PROMPT', and that.
 
@@ -119,10 +118,24 @@ def _written(family, config, params):
     kinds = sorted({type(w).__name__ for w in adapted.values()})
     raise InputError(f'PEFT files have adapters of one kind, LoRA, DoRA, VeRA or IA3, on a weight '
                      f'each; these are {", ".join(kinds)}, or adapters upon adapters')
-  stacked = lambda path: isinstance(place(config, path)[1], tuple)
+  peft_parts.check_experts(family, config, adapted)
+  _check_biases(params, [path for path, w in adapted.items() if getattr(w, 'side', None) == 'o'])
+  places = {}
+  for path, w in adapted.items():
+    for piece in pieces_of(family, config, path, w):
+      places.setdefault(piece.module, []).append((path, piece))
   form, = forms
-  return form, {module: (path, k if stacked(path) else None) for path, w in adapted.items()
-                for module, k in _modules(family, config, path, w)}
+  if any(own[0][1].rows is not None for own in places.values()):
+    _modules(params, places)                           # raises where it cannot be said
+  return form, places
+
+
+def _modules(params, places):
+  """{module: its adapter}, of what `_written` gives."""
+  weights = tree.named_weights(params)
+  one = lambda path, piece: peft_parts.adapter_of(weights[path], piece.at)
+  return {module: peft_parts.joined(module, [(piece, one(path, piece)) for path, piece in own])
+          for module, own in places.items()}
 
 
 def load_peft(folder, family, config, params):
@@ -156,37 +169,56 @@ def load_peft(folder, family, config, params):
                      'was trained on, quantized the same way')
   if form in peft_prompts.READS:
     check_takes_prefix(config, Prompt if peft_prompts.READS[form] == 'prompt' else None)
-    return {**params, **peft_prompts.read(config, hf, found, folder)}
+    return put(config, params, *peft_prompts.read(config, hf, found, folder))
+  if form == 'LORA':
+    hf, found = peft_parts.single_experts(family, config, hf, found)
   shared = {k: found.pop(f'base_model.{k}', None) for k in ('vera_A', 'vera_B')}
   if form == 'VERA' and any(x is None for x in shared.values()):
     raise InputError(f"{folder} leaves VeRA's random matrices out (save_projection is false), and "
                      'only the generator of PyTorch makes them again; save it with them')
   own, used = {}, set()
   for path, w in tree.named_weights(params).items():
+    try:
+      modules = pieces_of(family, config, path, w)
+    except InputError:                                 # its tensors, if any, are of no weight
+      continue
     here = []
-    for module, _ in _modules(family, config, path, w, strict=False):
-      start = f'{_PREFIX}{module}.'
+    for piece in modules:
+      start = f'{_PREFIX}{piece.module}.'
       mine = {n: x for n, x in found.items() if n.startswith(start)}
       used |= mine.keys()
-      here.append((module, {n.removeprefix(start): x for n, x in mine.items()}))
+      here.append((piece.module, peft_parts.own_tensors(
+          piece, {n.removeprefix(start): x for n, x in mine.items()})))
     if any(mine for _, mine in here):
       if not all(mine for _, mine in here) or len({frozenset(mine) for _, mine in here}) > 1:
         raise InputError(f'the adapter in {folder} is on some of the layers stacked in {path}; '
-                         'load the model with scan_layers=False')
+                         'load the model with scan_layers=False, and adapt all experts of a layer')
       own[path] = here
   odd = sorted(found.keys() - used)
   if odd or not own:
     raise InputError(f'{folder} has tensors of no weight of this {family.model_type}: '
                      f'{tensors.listed(odd) or "all of them"}; give the model that it was made for')
 
+  if form == 'IA3':
+    _check_biases(params, [path for path, here in own.items()
+                           if here[0][1].get('ia3_l', np.zeros(0)).shape[1:] == (1,)])
+
   def one(path, w):
     here = tree.name(path)
     if here not in own:
       return w
-    _, layers = place(config, here)
-    whole = np.stack if isinstance(layers, tuple) else lambda parts: parts[0]
+    whole = np.stack if 'n' in w.dims or 'e' in w.dims else lambda parts: parts[0]
     return _READERS[form](w, own[here], hf, whole, shared)
   return jax.tree_util.tree_map_with_path(one, params, is_leaf=tree.is_weight)
+
+
+def _check_biases(params, scaled):
+  """Raises InputError if a product whose outputs IA3 scales, of these names, has a bias."""
+  known = dict(leaves(params))
+  found = [path for path in scaled if path.rpartition('/')[0] + '/bias' in known]
+  if found:
+    raise InputError(f'IA3 scales the outputs of {found[0]}, which has a bias: PEFT scales it too, '
+                     'and lean_jax the product alone; use lora, or ia3 on inputs')
 
 
 def base_fingerprint(config, params):
@@ -199,25 +231,6 @@ def base_fingerprint(config, params):
         (layers, leaf)]
     lines += [(key, n, fingerprint(part)) for n, part in each]
   return hashlib.sha256(json.dumps(sorted(lines, key=str)).encode()).hexdigest()[:16]
-
-
-def _modules(family, config, path, w, strict=True):
-  """[(the module of the Hugging Face model, where along the stacked axis)] of a weight.
-
-  Raises:
-    InputError: the weight is no such module by itself, if `strict`; else there are none.
-  """
-  key, layers = place(config, path)
-  stored = family.names(config)[key]
-  tied = key == 'embed/table' and getattr(config, 'tied', False)
-  if stored.sizes or 'e' in w.dims or tied or not stored.name.endswith('.weight'):
-    if not strict:
-      return []
-    what = ('also the output head here, and not there' if tied else 'of several experts'
-            if 'e' in w.dims else f'a part of {stored.name}')
-    raise InputError(f'{path} is {what}: PEFT files have no adapter of it')
-  return [(name.removesuffix('.weight'), at[0] if at else None)
-          for name, at in pieces(stored, layers, w.shape)]
 
 
 def _all_modules(family, config, params):
@@ -268,7 +281,10 @@ def _lora(modules):
   drops = {w.dropout for w in low.values()}
   if len(drops) > 1:
     raise InputError(f'PEFT files have one dropout for all weights, and these have {sorted(drops)}')
-  (rank, alpha), _ = Counter(how.values()).most_common(1)[0]
+  experts = {m: how[m] for m, w in low.items() if 'e' in w.base.dims}
+  (rank, alpha), _ = Counter((experts or how).values()).most_common(1)[0]
+  if experts:
+    drops = {0.}
   whole = lambda x: int(x) if x == int(x) else x
   settings = dict(
       r=rank, lora_alpha=whole(alpha), lora_dropout=drops.pop(), use_dora=dora.pop(),
@@ -334,8 +350,8 @@ def _lora_read(w, here, hf, whole, shared):
   del shared
   root = SCALINGS['rank_stabilised' if hf.get('use_rslora') else 'standard']
   both, inputs, outputs = sides(w)
-  each = {(_of(hf, m, 'rank_pattern', 'r'), _of(hf, m, 'alpha_pattern', 'lora_alpha'))
-          for m, _ in here}
+  each = {(setting_of(hf, m, 'rank_pattern', 'r'),
+           setting_of(hf, m, 'alpha_pattern', 'lora_alpha')) for m, _ in here}
   if len(each) > 1:
     raise InputError(f'{here[0][0]} and the layers stacked with it have ranks and alphas of their '
                      'own; load the model with scan_layers=False')
@@ -394,14 +410,6 @@ def _vera_read(w, here, hf, whole, shared):
 
 
 _READERS = dict(LORA=_lora_read, IA3=_ia3_read, VERA=_vera_read)
-
-
-def _of(hf, module, pattern, otherwise):
-  """A setting of a module: the pattern's that ends its name, as PEFT finds it, or that of all."""
-  for name, value in (hf.get(pattern) or {}).items():
-    if re.match(rf'(.*\.)?({name})$', module):
-      return value
-  return hf[otherwise]
 
 
 def _check_shapes(here, shapes):

@@ -66,9 +66,9 @@ def attach(model: Model, method: str, *, where: str | None = None,
 def save_adapter(model: Model, folder, *, overwrite: bool = False):
   """Writes a model's adapters alone, as the PEFT library has them, to a new folder.
 
-  `peft.PeftModel.from_pretrained(base, folder)` loads them: LoRA, DoRA, VeRA and IA3, of modules
-  that are one weight each; a prefix, without the MLP that made it; a prompt. The base's fingerprint
-  is recorded.
+  `peft.PeftModel.from_pretrained(base, folder)` loads them: LoRA, DoRA, VeRA and IA3; a prefix,
+  without the MLP that made it; a prompt. What a checkpoint has fused (GPT-2's queries, keys and
+  values) has no VeRA there, and experts have LoRA alone. The base's fingerprint is recorded.
 
   Args:
     overwrite: whether adapters that are there may be replaced.

@@ -47,17 +47,21 @@ def finetune(model: Model, data, *, method: str = 'qlora',
   """The model trained to answer as examples do; the loss is on the answers only.
 
   Examples are conversations (`messages`), instructions (`instruction`, `input`, `output`) or texts
-  (`text`): see `data.examples`. Several share a row and do not see each other.
+  (`text`): see `data.examples`. Several share a row and do not see each other. Those of an encoder
+  and a decoder are instructions or pairs (`source`, `target`), one a row: see
+  `data.source_windows`.
 
   Args:
-    data: the path of a .jsonl file or of a folder of them, a list of records, or ExampleWindows.
+    data: the path of a .jsonl file or of a folder of them, a list of records, or windows of
+      `training.finetune.example_windows`.
     method: of `training.finetune.TUNINGS`: 'qlora' rounds a float model to nf4-g64-dq first;
       'lora', 'dora', 'vera', 'pissa', 'ia3', 'bitfit', 'full'.
     adapter: settings of `attach`: rank, alpha, where, rules, dropout, ...
     epochs: how often every example is seen; steps instead says how many steps there are.
     batch: rows a step, as many as there are at most.
     peak: the greatest learning rate; None is the method's usual one.
-    window: tokens a row; None is the model's context, at most 2048.
+    window: tokens a row, or of a source and of a target each; None is the model's context, at most
+      2048.
     packing: whether examples share rows; None where the model can keep them apart.
     template: of conversations, a name or Jinja; None is the tokenizer's.
     workdir: where checkpoints and metrics go; the same call goes on from what is there.
@@ -92,7 +96,7 @@ def begin(model: Model, method: str, adapter: Mapping[str, Any] | None = None,
 def follow(model: Model, windows, *, method: str, epochs: float = 3., steps: int | None = None,
            batch: int = 8, peak: float | None = None, seed: int = 0, workdir=None,
            **settings) -> Model:
-  """The model that `begin` gave, trained on ExampleWindows; args as of `finetune`."""
+  """The model that `begin` gave, trained on windows; args as of `finetune`."""
   how, batch = tuning.TUNINGS[method], min(batch, len(windows))
   batches = Batches(windows, batch, seed)
   params, _ = recipe.train(

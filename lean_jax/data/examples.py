@@ -18,6 +18,7 @@ ALPACA = ('Below is an instruction that describes a task{paired}. Write a respon
           '### Response:\n')
 PAIRED = ', paired with an input that provides further context'
 KINDS = ('messages', 'instruction', 'text')
+WANTED = 'an example is messages, or instruction and output, or text'
 
 
 class Example(NamedTuple):
@@ -42,10 +43,15 @@ def read_examples(data, tokenizer, template=None):
   Raises:
     InputError: no such file, no example in it, or one that cannot be used, with its line.
   """
+  return of_records(data, lambda record, where: of_record(record, where, tokenizer, template))
+
+
+def of_records(data, read):
+  """What `read`, (record, where it is) -> a list, makes of all records, in one list."""
   out = []
   for where, record in _records(data):
     try:
-      out += of_record(record, where, tokenizer, template)
+      out += read(record, where)
     except InputError as error:
       said = str(error)
       raise error if said.startswith(where) else InputError(f'{where}: {said}') from error
@@ -73,15 +79,14 @@ def of_record(record, where, tokenizer, template=None):
   found = [kind for kind in KINDS if record.get(kind) is not None]
   if len(found) != 1:
     has = ' and '.join(found) or f'none of it, but {", ".join(map(repr, record)) or "nothing"}'
-    raise InputError(f'{where}: an example is messages, or instruction and output, or text; this '
-                     f'has {has}')
+    raise InputError(f'{where}: {WANTED}; this has {has}')
   if found == ['messages']:
     return of_messages(record['messages'], tokenizer, template, record.get('tools'))
   if found == ['text']:
-    ids = tokenizer.encode(_text(record, 'text', where))
+    ids = tokenizer.encode(text_of(record, 'text', where))
     return [_ended(tokenizer, ids, 0)]
-  instruction, output = (_text(record, key, where) for key in ('instruction', 'output'))
-  context = _text(record, 'input', where, empty=True) if record.get('input') is not None else ''
+  instruction, output = (text_of(record, key, where) for key in ('instruction', 'output'))
+  context = text_of(record, 'input', where, empty=True) if record.get('input') is not None else ''
   if template is not None or chat.templates(tokenizer.settings):
     asked = f'{instruction}\n\n{context}' if context else instruction
     return of_messages([dict(role='user', content=asked), dict(role='assistant', content=output)],
@@ -150,11 +155,10 @@ def _common(ids, other):
   return int(differ[0]) if differ.size else n
 
 
-def _text(record, key, where, empty=False):
-  """A string of a record."""
+def text_of(record, key, where, empty=False, wanted=WANTED):
+  """A string of a record; `wanted` says what a record has."""
   if key not in record:
-    raise InputError(f'{where}: no {key!r}; an example is messages, or instruction and output, or '
-                     'text')
+    raise InputError(f'{where}: no {key!r}; {wanted}')
   text = record[key]
   if not isinstance(text, str):
     raise InputError(f'{where}: {key!r} is a {type(text).__name__}, not a string; give a text')

@@ -183,6 +183,7 @@ def vectors(module, modes, normalize, params, given):
   """The vector of each row of a batch, [B D] float32: see `embed`."""
   if 'decoder_tokens' in module.inputs:
     x = module.apply({'params': params}, given['tokens'], given['mask'], method='encode')
+    x = x[:, x.shape[1] - given['tokens'].shape[1]:]   # without a soft prompt before it
   else:
     x, _ = module.apply({'params': params}, **given, method='hidden')
   y = pooled(x, given['mask'], modes)

@@ -19,7 +19,7 @@ from lean_jax.generation.caches import cache_bytes, with_cache
 from lean_jax.generation.prompts import begun, check_length
 from lean_jax.generation.sampling import penalized
 from lean_jax.generation.writer import renewals, written_out
-from lean_jax.models.prefix import length_of
+from lean_jax.models.prefix import length_of, source_prompt
 
 _NEVER = -1e9                 # the score of what is no candidate
 
@@ -95,7 +95,7 @@ def searched(module, params, prompts, *, tokens, beams, ends=(), length_penalty=
   config = module.config
   check(config, beams, length_penalty, repetition_penalty)
   module, params = written_out(module, params)
-  source, beginnings = begun(module, prompts)
+  source, beginnings = begun(module, prompts, source_prompt(params))
   longest = max(map(len, beginnings))
   first = longest if source is None else 1
   end = first + tokens
@@ -114,7 +114,7 @@ def searched(module, params, prompts, *, tokens, beams, ends=(), length_penalty=
                 padded=loop.bucket(longest, config.context) if source is None else longest)
   found, lengths = (np.asarray(x) for x in out)
   held = cache_bytes(config, len(beginnings) * beams, state.ids.shape[1],
-                     0 if source is None else source[0].shape[1])
+                     0 if source is None else source[0].shape[1] + source_prompt(params))
   return found[:, :, first:lengths.max()], lengths - first, held
 
 

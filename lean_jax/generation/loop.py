@@ -119,7 +119,7 @@ def read(module, params, ids, start, length, source, lengths, padded):
   if source is not None:
     real = jnp.arange(source.shape[1])[None] < lengths[:, None]
     given = (module.apply({'params': params}, source, real, method='encode'), real)
-  cache = empty_cache(module.config, B, S, 0 if source is None else source.shape[1])
+  cache = empty_cache(module.config, B, S, 0 if source is None else given[0].shape[1])
   x, cache = module.apply({'params': params}, ids[:, :padded], cache, 0, mask, *given,
                           method='hidden')
   last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)    # no other position needs logits

@@ -41,8 +41,8 @@ def check_length(length, tokens, context):
                      'fewer')
 
 
-def begun(module, prompts):
-  """What a model reads before it writes.
+def begun(module, prompts, before=0):
+  """What a model reads before it writes; `before` tokens stand before every source.
 
   Returns:
     the source, [B R] filled up to a length for which there is one program, and the length of each
@@ -54,11 +54,11 @@ def begun(module, prompts):
   if 'decoder_tokens' not in module.inputs:
     return None, prompts
   c, lengths = module.config, [len(p) for p in prompts]
-  longest = max(lengths)
-  if longest > c.encoder.context:
-    raise InputError(f'a source of {longest} tokens, the model reads {c.encoder.context} at most; '
-                     'shorten or truncate it')
-  source = np.zeros((len(prompts), bucket(longest, c.encoder.context)), np.int32)
+  longest, most = max(lengths), c.encoder.context - before
+  if longest > most:
+    raise InputError(f'a source of {longest} tokens, the model reads {most} at most; shorten or '
+                     'truncate it')
+  source = np.zeros((len(prompts), bucket(longest, most)), np.int32)
   for row, prompt in zip(source, prompts):
     row[:len(prompt)] = prompt
   start = np.array([c.start] if c.first is None else [c.start, c.first], np.int32)

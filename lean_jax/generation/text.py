@@ -12,7 +12,7 @@ from lean_jax.generation.continuation import check_copies
 from lean_jax.generation.pieces import Pieces
 from lean_jax.generation.sampling import checked
 from lean_jax.generation.writer import Writer
-from lean_jax.models.prefix import length_of, settled
+from lean_jax.models.prefix import length_of, settled, source_prompt
 from lean_jax.training import mesh as meshes
 
 _CHUNK = 16                   # tokens between two looks for a stop string
@@ -248,7 +248,7 @@ def encoded(model, prompt):
 def truncated(model, ids, tokens):
   """Ids of a prompt, without the oldest that have no room; of a source, without the last."""
   if reads(model):
-    room = model.config.encoder.context
+    room = model.config.encoder.context - source_prompt(model.params)
     return ids if len(ids) <= room else np.append(ids[:room - 1], ids[-1])
   room = model.config.context - tokens - length_of(model.params)
   if len(ids) <= room or room < 1:

@@ -14,7 +14,7 @@ from lean_jax.generation.prompts import begun, check_length
 from lean_jax.generation.sampling import Sampling
 from lean_jax.kernels.platforms import device
 from lean_jax.kernels.platforms.choice import partitioned
-from lean_jax.models.prefix import length_of
+from lean_jax.models.prefix import length_of, source_prompt
 from lean_jax.models.segments import configured, converted
 from lean_jax.weights.prepared import prepare
 
@@ -56,12 +56,13 @@ class Writer:
     module = with_cache(module, cache, 0 if draft is None else ahead)
     self.module, self.params = written_out(module, params)
     self.config = module.config
-    source, beginnings = begun(module, prompts)
+    source, beginnings = begun(module, prompts, source_prompt(params))
     longest = max(map(len, beginnings))
     self._given = {} if source is None else dict(zip(('source', 'lengths'), source))
     self.begin = longest if source is None else 1          # the place of the first token given out
     self.at, self.end = longest, self.begin + tokens
-    check_length(longest + length_of(params) if source is None else 1, tokens, self.config.context)
+    check_length((longest if source is None else 1) + length_of(params), tokens,
+                 self.config.context)
     self._renewals = renewals(self.config, longest, self.end)
     self._unread = {longest, *self._renewals}
     self._sampling, self._copies = sampling or Sampling(), copies
@@ -76,7 +77,8 @@ class Writer:
     self.state = loop.begin([b for b in beginnings for _ in range(copies)], room,
                             None if greedy else key)
     self.cache_bytes = cache_bytes(self.config, len(self.state.ids), room,
-                                   0 if source is None else source[0].shape[1])
+                                   0 if source is None else source[0].shape[1] + source_prompt(
+                                       params))
     self.ended = np.zeros((len(prompts) * copies,), bool)
 
   def advance(self, count=None):

@@ -2,6 +2,7 @@
 the target's next token out."""
 import dataclasses
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from lean_jax.models.decoder import Decoder, DecoderConfig
@@ -80,7 +81,13 @@ class EncoderDecoder(nn.Module):
     return self.logits(x), cache
 
   def encode(self, tokens, mask=None):
-    """The encoder's output [B S D] of a source [B S]; the mask is True where it is real."""
+    """The encoder's output [B S D] of a source [B S]; the mask is True where it is real.
+
+    It is [B P+S D] where a soft prompt of P stands before every source.
+    """
+    prompt = None if self.is_initializing() else self.encoder.variables['params'].get('prompt')
+    if prompt is not None:
+      return self.encoder.prompted(prompt, tokens, mask)
     return self.encoder.hidden(tokens, mask=mask)[0]
 
   def hidden(self, tokens, cache=None, offset=0, mask=None, encoded=None, encoded_mask=None):
@@ -89,8 +96,12 @@ class EncoderDecoder(nn.Module):
     Args:
       tokens, cache, offset, mask: as `Decoder` takes them, of the target.
       encoded: [B S D], from `encode`; None where the cache has its keys and values.
-      encoded_mask: [B S] bool, which tokens of the source are real; None for all.
+      encoded_mask: [B S] bool, which tokens of the source are real; None for all. What stands
+        before a source is.
     """
+    if encoded is not None and encoded_mask is not None:
+      more = encoded.shape[1] - encoded_mask.shape[1]
+      encoded_mask = jnp.pad(encoded_mask.astype(bool), ((0, 0), (more, 0)), constant_values=True)
     return self.decoder.hidden(tokens, cache, offset, mask, cross=encoded, cross_mask=encoded_mask)
 
   def logits(self, x):

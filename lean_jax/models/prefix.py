@@ -1,19 +1,24 @@
-"""What stands before every text: keys and values of each layer, learned or of a soft prompt."""
+"""What stands before every text: keys and values of each layer, learned or of a soft prompt.
+
+An encoder and a decoder has a prefix before its target and a soft prompt before its source.
+"""
 import dataclasses
 
 import jax.numpy as jnp
 
 from lean_jax.errors import InputError
-from lean_jax.models.segments import unstacked
+from lean_jax.models.segments import replaced, unstacked
 from lean_jax.weights.beside import Prefix, Prompt
 
 PLACES = ('prefix', 'prompt')   # where in a stack's parameters; a prompt's tokens are embeddings
+SIDES = dict(prefix='decoder', prompt='encoder')     # and of which stack, where there are two
 
 
 def prefix_of(module, params):
   """The Prefix of a stack; None where it has none.
 
   A soft prompt is one too: causal layers make its keys and values of it alone, whatever the text.
+  Others do not, and `Stack.prompted` puts it before the text itself.
 
   Args:
     module: a stack.
@@ -23,7 +28,7 @@ def prefix_of(module, params):
     InputError: a prefix of another number of layers, heads or widths.
   """
   config, found = module.config, params.get('prefix')
-  if found is None and 'prompt' not in params:
+  if found is None and not ('prompt' in params and config.causal):
     return None
   prefix = found.plain() if found is not None else of_prompt(module, params, params['prompt'])
   N, _, G, K = prefix.k.shape
@@ -47,21 +52,42 @@ def of_prompt(module, params, prompt):
 
 def settled(module, params):
   """The params with what makes a prefix computed once: a prompt, or an MLP's."""
+  if 'encoder/' in module.config.stacks:
+    found = params['decoder'].get('prefix')
+    return params if found is None else put(module.config, params, 'prefix', found.plain())
   if not any(name in params for name in PLACES) or isinstance(params.get('prefix'), Prefix):
     return params
   rest = {k: v for k, v in params.items() if k not in PLACES}
   return {**rest, 'prefix': prefix_of(module, params)}
 
 
+def put(config, params, name, value):
+  """The params with a 'prefix' or a 'prompt'."""
+  path = [SIDES[name]] if 'encoder/' in config.stacks else []
+  return replaced(params, path, lambda own: {**own, name: value})
+
+
+def has_prefix(config, params):
+  """Whether anything stands before every text."""
+  stacks = [params[side.rstrip('/')] if side else params for side in config.stacks]
+  return any(name in stack for stack in stacks for name in PLACES)
+
+
 def length_of(params):
-  """How many tokens stand before every text."""
-  return sum(params[name].length for name in PLACES if name in params)
+  """How many tokens stand before every text that is written."""
+  own = params.get(SIDES['prefix'], params)
+  return sum(own[name].length for name in PLACES if name in own)
+
+
+def source_prompt(params):
+  """How many tokens stand before every source of an encoder and a decoder."""
+  found = params.get(SIDES['prompt'], {}).get('prompt')
+  return 0 if found is None else found.length
 
 
 def check_takes_prefix(config, kind):
   """Raises InputError for a model that nothing can stand before."""
-  if 'encoder/' in config.stacks:
-    raise InputError('an encoder and a decoder has no prefix here; use lora, or bottlenecks')
+  alone, config = 'encoder/' not in config.stacks, config.decoding
   other = sorted({l.mixer for l in config.each} - {'attention'})
   if other:
     raise InputError(f'a prefix is keys and values of attention, and {" and ".join(other)} layers '
@@ -69,6 +95,6 @@ def check_takes_prefix(config, kind):
   if config.renewals:
     raise InputError('no prefix stands before positions that turn otherwise past a length '
                      '(LongRoPE); use lora, or bottlenecks')
-  if kind is Prompt and not config.causal:
+  if kind is Prompt and alone and not config.causal:
     raise InputError('a soft prompt before a model that sees all tokens at once depends on them; '
                      'use a prefix')

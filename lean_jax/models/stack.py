@@ -165,6 +165,7 @@ class Frame(NamedTuple):
     segments: [B T] integer, which of a row's texts each token is of; None for one text a row.
     prefix: None, or the `Prefix` that stands before every text.
     before: [B or 1, 1, T, P], from each of its keys to a query.
+    before_bias: None, or [1 H T P], added to the scores of its keys.
   """
   mask: Any = None
   known: Any = None
@@ -179,6 +180,7 @@ class Frame(NamedTuple):
   segments: Any = None
   prefix: Any = None
   before: Any = None
+  before_bias: Any = None
 
   @property
   def plain(self):
@@ -404,9 +406,37 @@ class Stack(nn.Module):
     cache, frame, at = framed(self.config, tokens, cache, offset, mask, segments, prefix)
     if self.config.cross:
       cache, frame = crossed(cache, frame, cross, cross_mask)
-    if self.config.relative:
-      frame = frame._replace(bias=self.relative(frame.distance))
-    return self.embedded(tokens, at, token_types), frame, cache
+    return self.embedded(tokens, at, token_types), self.biased(frame), cache
+
+  def biased(self, frame):
+    """The Frame with the scores of distances, if layers add any."""
+    if not self.config.relative:
+      return frame
+    frame = frame._replace(bias=self.relative(frame.distance))
+    if frame.prefix is None:
+      return frame
+    P = frame.prefix.length                            # distance[:, 0] is a query's own place
+    return frame._replace(before_bias=self.relative(
+        frame.distance[:, :1] + P - jnp.arange(P)[None]))
+
+  def prompted(self, prompt, tokens, mask=None):
+    """`hidden`'s output [B P+T D] of a soft prompt and the tokens [B T] after it, which see each
+    other.
+
+    Raises:
+      InputError: there are fewer positions than that.
+    """
+    c, (B, T), P = self.config, tokens.shape, prompt.length
+    if c.positions and c.positions - c.position_offset < P + T:
+      raise InputError(f'{T} tokens after a prompt of {P} are more than the '
+                       f'{c.positions - c.position_offset} positions; give fewer')
+    if mask is not None:
+      mask = jnp.pad(mask.astype(bool), ((0, 0), (P, 0)), constant_values=True)
+    _, frame, at = framed(c, jnp.pad(tokens, ((0, 0), (P, 0))), None, 0, mask)
+    x = self.scaled(tokens)
+    x = jnp.concatenate([jnp.broadcast_to(prompt.value[None], (B, *prompt.value.shape)).astype(
+        x.dtype), x], axis=1)
+    return self.through(self.placed(x, at), self.biased(frame), None)[0]
 
   def cache_of(self, x):
     """What layers keep of a text by itself, as `empty_cache` has it; x [T D], its embeddings."""
@@ -417,9 +447,12 @@ class Stack(nn.Module):
 
   def embedded(self, tokens, at, token_types=None):
     """Embeddings [B T D] of tokens [B T] at positions `at` [B or 1, T]."""
+    return self.placed(self.scaled(tokens), at, token_types)
+
+  def scaled(self, tokens):
+    """The rows of the table of tokens [B T], scaled."""
     x, scale = self.embed(tokens), self.config.embedding_scale
-    x = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
-    return self.placed(x, at, token_types)
+    return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
   def placed(self, x, at, token_types=None):
     """What `embedded` makes of rows x of the table, scaled."""

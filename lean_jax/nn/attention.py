@@ -198,13 +198,15 @@ class Plain(NamedTuple):
 
 
 def before(frame, layer, B, dtype):
-  """A layer's keys and values that stand before each of B texts, and which queries see which."""
+  """A layer's keys and values that stand before each of B texts, which queries see which, and what
+  is added to their scores.
+  """
   rows = lambda x: grouped(
       jnp.broadcast_to(x[layer.number][None], (B, *x.shape[1:])).astype(dtype))
   visible = jnp.ones(frame.before.shape, bool)
   if layer.window is not None:
     visible = frame.before < layer.window
-  return Plain(rows(frame.prefix.k), rows(frame.prefix.v)), visible
+  return Plain(rows(frame.prefix.k), rows(frame.prefix.v)), visible, frame.before_bias
 
 
 def attend_to(q, held, visible, *, scale=None, softcap=None, sinks=None, bias=None, prefix=None):
@@ -218,7 +220,8 @@ def attend_to(q, held, visible, *, scale=None, softcap=None, sinks=None, bias=No
     softcap: None, or the bound that tanh puts on the scores.
     sinks: None, or [H]: the score of attending to nothing.
     bias: None, or [B or 1, H, T, S], added to the scores.
-    prefix: None, or more keys and values, `Plain`, and which are visible, [B or 1, 1, T, P].
+    prefix: None, or more keys and values, `Plain`, which are visible, [B or 1, 1, T, P], and their
+      bias, or None.
 
   Returns:
     [B T H W], in q's dtype.
@@ -228,7 +231,7 @@ def attend_to(q, held, visible, *, scale=None, softcap=None, sinks=None, bias=No
   G, _, R, _, S = scores.shape
   parts = [scores]
   if prefix is not None:
-    parts.append(scores_of(q, *prefix, scale=scale, softcap=softcap))
+    parts.append(scores_of(q, *prefix[:2], scale=scale, softcap=softcap, bias=prefix[2]))
   if sinks is not None:
     parts.append(jnp.broadcast_to(sinks.astype(scores.dtype).reshape(G, 1, R, 1, 1),
                                   (*scores.shape[:-1], 1)))

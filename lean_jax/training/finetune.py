@@ -7,9 +7,11 @@ import jax
 
 from lean_jax import tree
 from lean_jax.adapters.bitfit import BIASES
+from lean_jax.data import source_windows
 from lean_jax.data.example_windows import ExampleWindows, arranged
 from lean_jax.data.examples import read_examples
 from lean_jax.data.packed import check_reads_text
+from lean_jax.data.source_windows import SourceWindows
 from lean_jax.errors import InputError
 from lean_jax.weights import Adapter, Quantized, bare
 from lean_jax.weights.beside import is_beside
@@ -72,20 +74,26 @@ def is_rounded(params):
 
 
 def example_windows(model, data, *, window=None, packing=None, template=None):
-  """The ExampleWindows of data for a model.
+  """The ExampleWindows of data for a model; of an encoder and a decoder, the SourceWindows.
 
   Args:
     model: a `lean_jax.Model`.
-    data: as `examples.read_examples` takes it; or ExampleWindows.
-    window: tokens a row; None is the model's context, at most 2048.
+    data: as `examples.read_examples` takes it, or `source_windows.read_pairs`; or such windows.
+    window: tokens a row, or of a source and of a target each; None is the model's context, at most
+      2048.
     packing: whether examples share rows; None where the model keeps them apart.
     template: of the chat, a name or Jinja.
 
   Raises:
     InputError: a model that writes no text, data that cannot be used, a window beyond the context,
-      or packing for a model with a state.
+      or packing for a model with a state or of sources.
   """
+  if 'decoder_tokens' in model.module.inputs:
+    return _source_windows(model, data, window, packing, template)
   check_reads_text(model)
+  if isinstance(data, SourceWindows):
+    raise InputError(f'sources and targets for a {model.family.model_type}, which goes on with a '
+                     'text; give examples')
   if isinstance(data, ExampleWindows):
     return data
   stateful = sorted({l.mixer for l in model.config.each} - {'attention', 'latent'})
@@ -93,12 +101,36 @@ def example_windows(model, data, *, window=None, packing=None, template=None):
     raise InputError(f'packing for a {model.family.model_type}, whose {" and ".join(stateful)} '
                      'layers carry a state from one example into the next; leave packing out, and '
                      'examples are padded')
-  window = window or min(model.config.context, 2048)
-  if window > model.config.context:
-    raise InputError(f'windows of {window} tokens are longer than the context of '
-                     f'{model.config.context}; give at most that')
+  window = _window(window, model.config.context)
   packing = not stateful if packing is None else packing
   return arranged(read_examples(data, model.tokenizer, template), window, packed=packing)
+
+
+def _source_windows(model, data, window, packing, template):
+  """The SourceWindows of data for an encoder and a decoder; args as of `example_windows`."""
+  kind = model.family.model_type
+  if isinstance(data, ExampleWindows):
+    raise InputError(f'rows of texts for a {kind}, which writes a target of a source; give '
+                     'instruction and output, or source and target')
+  if packing:
+    raise InputError(f'packing for a {kind}, whose encoder would mix the sources of a row; leave '
+                     'packing out, and examples are padded')
+  if template is not None:
+    raise InputError(f'a chat template for a {kind}, whose source is no conversation; leave it out')
+  if isinstance(data, SourceWindows):
+    return data
+  window = _window(window, min(model.config.encoder.context, model.config.context))
+  return source_windows.arranged(source_windows.read_pairs(data, model.tokenizer), window,
+                                 model.config.start)
+
+
+def _window(window, context):
+  """Tokens a row, of what is given or None, for a context."""
+  window = min(context, 2048) if window is None else window
+  if window > context:
+    raise InputError(f'windows of {window} tokens are longer than the context of {context}; give '
+                     'at most that')
+  return window
 
 
 def steps_of(windows, batch, epochs):

@@ -194,7 +194,6 @@ def bare(name):
     ('llama', 'prefix', dict(hidden=0), 'an MLP of 0'),
     ('mamba', 'prefix', {}, 'mamba layers have none'), ('mamba', 'pfeiffer', dict(rank=2),
                                                         'no layer has'),
-    ('t5', 'prompt', {}, 'encoder and a decoder'), ('t5', 'prefix', {}, 'encoder and a decoder'),
     ('bert', 'prompt', {}, 'depends on them'),
     ('phi3', 'p_tuning_v2', {}, 'LongRoPE')])
 def test_what_cannot_stand_there_is_refused(name, method, settings, said):

@@ -1,6 +1,10 @@
 """Fine-tuning by examples, in Python and on the command line."""
 import dataclasses
 import json
+import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -72,6 +76,70 @@ def test_a_method_trains_what_is_its_own(tiny_model, data, method):
   assert changed and (method != 'full' or len(changed) == len(tree.named_arrays(tuned.params)))
   if method != 'full':
     assert not any(n.endswith(('base/value', 'scale', 'embed/table')) for n in changed)
+
+
+class Killed(BaseException):
+  """What nobody catches."""
+
+
+def killing(step, metrics):
+  """A hook that ends a run at its third step."""
+  del metrics
+  if step == 3:
+    raise Killed
+
+
+def resumable(model, data, folder, method, **kw):
+  adapter = dict(lora=dict(rank=2, dropout=.1), prefix=dict(tokens=2, hidden=8)).get(method)
+  return lean.finetune(model, data, **dict(
+      method=method, adapter=adapter, steps=5, window=64, batch=2, template=TEMPLATE, peak=1e-2,
+      workdir=folder, save_every=2) | kw)
+
+
+def same_bits(one, other):
+  jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+@pytest.mark.parametrize('method', ['lora', *(
+    pytest.param(m, marks=pytest.mark.slow) for m in ('full', 'prefix'))])
+def test_a_run_killed_at_a_step_goes_on_to_the_same_bits(tiny_model, data, tmp_path, method):
+  run = lambda name, **kw: resumable(tiny_model, data, tmp_path / name, method, **kw)
+  whole, seen = run('whole'), []
+  with pytest.raises(Killed):
+    run('cut', hooks=(killing,))
+  look = (lambda step, _: seen.append(step),)
+  again = run('cut', hooks=look)
+  assert seen == [3, 4, 5]                             # the checkpoint is of step 2
+  same_bits(again, whole)
+  same_bits(run('cut', hooks=look), whole)
+  assert seen == [3, 4, 5]                             # there was nothing left to do
+  begun = lean.api.begin(tiny_model, method, dict(lora=dict(rank=2, dropout=.1), prefix=dict(
+      tokens=2, hidden=8)).get(method))
+  assert any(bool((a != b).any()) for a, b in zip(*(jax.tree.leaves(m.params) for m in (
+      whole, begun))))
+  with pytest.raises(lean.InputError, match='another settings'):
+    run('cut', peak=2e-2)
+  with pytest.raises(lean.InputError, match='another data'):
+    run('cut', window=40)
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_goes_on_to_the_same_bits(tiny_model, data, tmp_path):
+  lean.save(tiny_model, tmp_path / 'model')
+  script = f"""
+import os, signal
+import lean_jax as lean
+from tests.adapters.test_finetune import resumable
+kill = lambda step, _: step == 3 and os.kill(os.getpid(), signal.SIGKILL)
+resumable(lean.load({str(tmp_path / 'model')!r}), {str(data)!r}, {str(tmp_path / 'cut')!r}, 'lora',
+          hooks=(kill,))"""
+  done = subprocess.run([sys.executable, '-c', script], cwd=pathlib.Path(__file__).parents[2],
+                        capture_output=True, text=True, timeout=600)
+  assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+  model, seen = lean.load(tmp_path / 'model'), []
+  again = resumable(model, data, tmp_path / 'cut', 'lora', hooks=(lambda s, _: seen.append(s),))
+  assert seen[0] in (1, 3) and seen[-1] == 5           # a save may have been on its way
+  same_bits(again, resumable(model, data, tmp_path / 'whole', 'lora'))
 
 
 def test_methods_that_do_not_fit_are_refused(tiny_model, data):

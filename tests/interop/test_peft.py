@@ -163,11 +163,6 @@ def test_what_the_files_have_no_words_for_is_refused(base, tmp_path):
   twice = attached(attached(base, 'rslora'), 'ia3')
   with pytest.raises(lean.InputError, match='one kind'):
     lean.save_adapter(twice, tmp_path / 'a')
-  for family, where, said in (('mixtral', '.*/experts/.*', 'experts'),
-                              ('gpt2', '.*/attention/q/.*', 'a part of')):
-    model = lean.attach_lora(rounding.floats(family), rank=2, where=where)
-    with pytest.raises(lean.InputError, match=said):
-      lean.save_adapter(model, tmp_path / 'a')
   tied = lean.attach_lora(rounding.floats('llama', tie_word_embeddings=True), rank=2,
                           where='embed/.*')
   with pytest.raises(lean.InputError, match='head'):
