@@ -18,6 +18,7 @@ from lean_jax.adapters.combine import combined
 from lean_jax.adapters.lora import sides
 from lean_jax.adapters.peft import load_peft, save_peft
 from lean_jax.adapters.requantize import requantize as merged_again
+from lean_jax.adapters.trained import trained_with
 from lean_jax.calibration.quantize import MATRICES, quantize
 from lean_jax.calibration.text import of_windows
 from lean_jax.data import labelled
@@ -762,6 +763,9 @@ def train_classifier(model: Model, data, *, steps: int, teacher: Model | None = 
                      workdir=None, **settings) -> Model:
   """Trains a classifier of texts or of words on labels, on a teacher's scores of them, or on both.
 
+  All of it trains; of one with adapters these and its head, which `save` writes and `save_adapter`
+  does not.
+
   Args:
     model: an encoder with a head: see `add_classifier`.
     data: rows of `data.labelled`, or their JSONL file, of `label` say.
@@ -788,6 +792,7 @@ def train_classifier(model: Model, data, *, steps: int, teacher: Model | None = 
                              context=model.config.context)
   loss = classes(model.module, float(temperature), float(soft_weight))
   told = dict(kind='classes', temperature=temperature, soft_weight=soft_weight)
+  settings.setdefault('trainable', trained_with(model.params, fresh.HEAD))
   params, _ = recipe.train(model.module, model.params, batches, steps=steps, peak=peak, seed=seed,
                            folder=workdir, objective=(loss, told), **settings)
   return dataclasses.replace(model, params=params)
