@@ -82,6 +82,7 @@ def write_text(path, text):
 
 def occupied(target):
   """Whether there is anything but an empty folder at a path."""
+  target = pathlib.Path(target)
   return target.exists() and not (target.is_dir() and not any(target.iterdir()))
 
 

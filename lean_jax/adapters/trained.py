@@ -19,3 +19,15 @@ def trained(params):
   for path, w in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_beside):
     names += [f'{tree.name(path)}/{field}' for field in w.trained] if is_beside(w) else []
   return '|'.join(map(re.escape, names)) or None
+
+
+def trained_with(params, parts):
+  """`trained`, and what of the tree's own `parts` has no adapter: a fresh head learns with them."""
+  pattern = trained(params)
+  if pattern is None:
+    return None
+  adapted = tuple(f'{name}/' for name, w in tree.named_weights(params).items()
+                  if isinstance(w, Wrapper))
+  own = [name for name in tree.named_arrays(params)
+         if name.split('/')[0] in parts and not name.startswith(adapted)]
+  return '|'.join([pattern, *map(re.escape, own)])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lean_jax.adapters.trained import trained_with
 from lean_jax.api.distillation import student_of
 from lean_jax.api.model import Model
 from lean_jax.data import labelled
@@ -44,6 +45,9 @@ def train_classifier(model: Model, data, *, steps: int, teacher: Model | None = 
                      workdir=None, **settings) -> Model:
   """Trains a classifier of texts or of words on labels, on a teacher's scores of them, or on both.
 
+  All of it trains; of one with adapters these and its head, which `save` writes and `save_adapter`
+  does not.
+
   Args:
     model: an encoder with a head: see `add_classifier`.
     data: rows of `data.labelled`, or their JSONL file, of `label` say.
@@ -70,6 +74,7 @@ def train_classifier(model: Model, data, *, steps: int, teacher: Model | None = 
                              context=model.config.context)
   loss = classes(model.module, float(temperature), float(soft_weight))
   told = dict(kind='classes', temperature=temperature, soft_weight=soft_weight)
+  settings.setdefault('trainable', trained_with(model.params, fresh.HEAD))
   params, _ = recipe.train(model.module, model.params, batches, steps=steps, peak=peak, seed=seed,
                            folder=workdir, objective=(loss, told), **settings)
   return dataclasses.replace(model, params=params)

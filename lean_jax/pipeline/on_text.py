@@ -49,6 +49,16 @@ def over_seeds(says, measured, claims, argv=None, *, model='a decoder', seeds=3,
     for seed in range(arguments.seeds):
       found.append(measured(loaded, *windows, seed, **given))
       print(json.dumps({f'seed {seed}': found[-1]}), flush=True)
+  return told_of_seeds(found, claims)
+
+
+def told_of_seeds(found, claims):
+  """`told` of claims on means.
+
+  Args:
+    found: {variant: {figure: number}} of each seed.
+    claims: as of `over_seeds`.
+  """
   values = {v: {name: [run[v][name] for run in found] for name in found[0][v]} for v in found[0]}
   means = [dict({name: statistics.fmean(each) for name, each in figures.items()}, name=v)
            for v, figures in values.items()]

@@ -151,7 +151,7 @@ def test_saving_over_something_needs_leave_and_a_model_there(tiny_model, tmp_pat
   (tmp_path / 'mine' / 'a.txt').write_text('a')
   for format in ('lean', 'hf'):
     with pytest.raises(lean.InputError, match='holds no model'):
-      lean.save(tiny_model, tmp_path / 'mine', overwrite=True, format=format)
+      lean.save(tiny_model, str(tmp_path / 'mine'), overwrite=True, format=format)
 
 
 def test_training_lowers_the_loss_and_adapters_leave_the_base(tiny_model, text):

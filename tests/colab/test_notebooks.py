@@ -8,6 +8,7 @@ import pytest
 
 COLAB = pathlib.Path(__file__).parents[2] / 'colab'
 SOURCES = sorted(COLAB.glob('*.py'))
+LONG = ('distill', 'qlora')                 # over 45 CPU-seconds each at their tiny size
 
 
 def cells(notebook):
@@ -20,7 +21,8 @@ def test_a_notebook_is_its_source(source):
   assert cells(jupytext.read(source)) == cells(jupytext.read(source.with_suffix('.ipynb')))
 
 
-@pytest.mark.parametrize('source', SOURCES, ids=lambda p: p.stem)
+@pytest.mark.parametrize('source', [
+    pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in LONG)) for p in SOURCES])
 def test_a_notebook_runs_from_top_to_bottom(source, tmp_path):
   pytest.importorskip('nbmake')
   environment = dict(os.environ, LEAN_JAX_SIZE='tiny', TMPDIR=str(tmp_path), 

@@ -7,6 +7,7 @@ import pytest
 
 import lean_jax as lean
 from lean_jax.distillation.labelling import log_likelihoods
+from lean_jax.tree import named_arrays
 
 BERT = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
             max_position_embeddings=64)
@@ -176,6 +177,20 @@ def test_the_loss_is_the_closed_form_in_float64(classifier):
   p = log(np.array([[rows[k]['scores'][n] for n in ('bad', 'good')] for k in (0, 2, 3)]) / 2)
   soft = 4 * np.mean(np.sum(np.exp(p) * (p - log(logits[[0, 2, 3]] / 2)), axis=1))
   assert float(found) == pytest.approx(.3 * soft + .7 * hard, rel=1e-5)
+
+
+@pytest.mark.parametrize(('method', 'settings'), [
+    ('pfeiffer', dict(rank=4)), ('lora', dict(rank=2, alpha=4., where='layers/.*|classifier/.*'))])
+def test_with_adapters_the_head_trains_and_the_encoder_does_not(classifier, method, settings):
+  adapted = lean.attach(classifier, method, **settings)
+  learned = lean.train_classifier(adapted, sentences(16, 0), steps=1, batch=8, peak=1e-2)
+  before, after = (named_arrays(model.params) for model in (adapted, learned))
+  changed = {name for name, x in after.items() if bool((x != before[name]).any())}
+  head = {name for name in before if name.startswith(('classifier/', 'transform/'))
+          and '/base/' not in name and not name.endswith(('/a', '/b'))}
+  assert head and head <= changed
+  own = ('up', 'down', 'up_bias', 'down_bias') if method == 'pfeiffer' else ('a', 'b')
+  assert all(name.split('/')[-1] in own for name in changed - head) and changed - head
 
 
 def test_a_new_head_leaves_the_encoder_as_it_was(tiny_model):
