@@ -3,17 +3,16 @@
 python docs/adapt.py      from the root of a checkout; ten minutes on two cores
 """
 import functools
-import os
 import pathlib
 import sys
 import tempfile
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
-                           + ' --xla_backend_optimization_level=0')
-
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from tests.xla import quick  # noqa: E402
+
+quick(1)
 
 import jax  # noqa: E402
 

@@ -3,18 +3,16 @@
 python docs/distillation.py      from the root of a checkout; ten minutes on two cores
 """
 import json
-import os
 import pathlib
 import sys
 import tempfile
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
-                           + ' --xla_force_host_platform_device_count=8'
-                           + ' --xla_backend_optimization_level=0')
-
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from tests.xla import quick  # noqa: E402
+
+quick()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

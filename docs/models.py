@@ -2,16 +2,15 @@
 
 python docs/models.py      from the root of a checkout, with torch and the extra interop; minutes
 """
-import os
 import pathlib
 import sys
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
-                           + ' --xla_backend_optimization_level=0')
-
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from tests.xla import quick  # noqa: E402
+
+quick(1)
 
 import jax  # noqa: E402
 

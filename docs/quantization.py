@@ -9,12 +9,12 @@ import pathlib
 import sys
 import tempfile
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
-                           + ' --xla_backend_optimization_level=0')
-
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from tests.xla import quick  # noqa: E402
+
+quick(1)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -1,22 +1,14 @@
-"""Eight virtual CPU devices, and no silent rank promotion, for every test.
-
-Most of a test's time is compilation, so the compiler is asked for less optimization, and XLA of
-JAX 0.10 for its older code generation, which takes half as long.
-"""
-import importlib.metadata
+"""Eight virtual CPU devices, and no silent rank promotion, for every test."""
 import os
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
-                           + ' --xla_force_host_platform_device_count=8'
-                           + ' --xla_backend_optimization_level=0')
-if importlib.metadata.version('jaxlib').startswith('0.10.'):
-  os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
+from tests.xla import quick
 
-import pathlib
+quick()
 
-import jax
-import pytest
+import pathlib  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.xla import QUICK
+
 COLAB = pathlib.Path(__file__).parents[2] / 'colab'
 SOURCES = sorted(COLAB.glob('*.py'))
 LONG = ('distill', 'qlora')                 # over 45 CPU-seconds each at their tiny size
@@ -26,7 +28,7 @@ def test_a_notebook_is_its_source(source):
 def test_a_notebook_runs_from_top_to_bottom(source, tmp_path):
   pytest.importorskip('nbmake')
   environment = dict(os.environ, LEAN_JAX_SIZE='tiny', TMPDIR=str(tmp_path), 
-                     XLA_FLAGS='--xla_backend_optimization_level=0')
+                     XLA_FLAGS=QUICK)
   done = subprocess.run(
       [sys.executable, '-m', 'pytest', '--nbmake', '--nbmake-timeout=600', '-q', '-p',
        'no:cacheprovider', '--rootdir', str(tmp_path), '-c', os.devnull,

@@ -11,6 +11,7 @@ import pytest
 
 from lean_jax.training.checkpoint import load_model
 from tests.training.hosts_run import ended
+from tests.xla import QUICK
 
 SMALL = pathlib.Path(__file__).parent / 'small.py'
 
@@ -28,7 +29,7 @@ def start(tmp_path_factory):
       port = s.getsockname()[1]
     environment = dict(
         os.environ, JAX_COMPILATION_CACHE_DIR=str(folder / 'compiled'), JAX_PLATFORMS='cpu',
-        XLA_FLAGS='--xla_backend_optimization_level=0', JAX_NUM_CPU_DEVICES='2',
+        XLA_FLAGS=QUICK, JAX_NUM_CPU_DEVICES='2',
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
     return [subprocess.Popen(
         [sys.executable, '-m', 'lean_jax', 'run', f'--config={SMALL}:{folder / "text.txt"}',

@@ -10,6 +10,8 @@ import time
 import numpy as np
 import pytest
 
+from tests.xla import QUICK
+
 SMALL = pathlib.Path(__file__).parent / 'small.py'
 
 
@@ -20,7 +22,7 @@ def setting(tmp_path_factory):
   words = np.random.default_rng(0).choice(['red', 'blue', 'green', 'ball', 'runs', 'sees'], 20_000)
   (folder / 'text.txt').write_text('\n'.join(' '.join(w) for w in words.reshape(-1, 8)))
   environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(folder / 'compiled'),
-                     XLA_FLAGS='--xla_backend_optimization_level=0',
+                     XLA_FLAGS=QUICK,
                      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
   command = lambda workdir: [sys.executable, '-m', 'lean_jax', 'run',
                              f'--config={SMALL}:{folder / "text.txt"}', f'--workdir={workdir}']

@@ -9,6 +9,8 @@ import time
 
 import numpy as np
 
+from tests.xla import QUICK
+
 FOLDER = pathlib.Path(__file__).parent
 LIMIT = 1200                           # seconds, on a machine with much else to do
 
@@ -25,7 +27,7 @@ def launch(cache, count, given, *, devices=None):
     s.bind(('localhost', 0))
     port = str(s.getsockname()[1])
   environment = dict(
-      os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='--xla_backend_optimization_level=0',
+      os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=QUICK,
       JAX_NUM_CPU_DEVICES=str(devices or 8 // count), JAX_COMPILATION_CACHE_DIR=str(cache),
       JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', PYTHONPATH=os.pathsep.join(sys.path),
       TF_CPP_MIN_LOG_LEVEL='3')

@@ -1,0 +1,17 @@
+"""What XLA is asked for where programs are compiled once and run once, which is most of a test.
+
+Less optimization, and of JAX 0.10 the older code generation, which takes half as long.
+"""
+import importlib.metadata
+import os
+
+QUICK = '--xla_backend_optimization_level=0'
+if importlib.metadata.version('jaxlib').startswith('0.10.'):           # later ones have no other
+  QUICK += ' --xla_cpu_use_fusion_emitters=false'
+
+
+def quick(devices=8):
+  """Asks it for this process, and for so many virtual CPU devices; before JAX is used."""
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  os.environ['XLA_FLAGS'] = ' '.join([
+      os.environ.get('XLA_FLAGS', ''), f'--xla_force_host_platform_device_count={devices}', QUICK])
