@@ -37,6 +37,7 @@ from lean_jax.training.finetune import TUNINGS, example_windows
 
 WORDS, ROWS = 20, 4000           # of a sentence at most; sentences that are learned from
 UNSEEN, WINDOW = 10, 256         # every tenth restaurant is one for tests; tokens of a row
+TESTED = 160                     # of their references
 LABELS = dict(zip('01', ('negative', 'positive')))
 TEMPLATE = '{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}'
 POINTS, GAINED, SHARE = .03, .9, .04
@@ -63,7 +64,7 @@ def restaurants(path):
   unseen = set(list(dict.fromkeys(mr for mr, _ in rows))[::UNSEEN])
   examples = lambda test: [dict(instruction=mr, output=ref) for mr, ref in rows
                            if (mr in unseen) == test]
-  return examples(False), examples(True)
+  return examples(False), examples(True)[:TESTED]
 
 
 def share(model):
@@ -140,7 +141,7 @@ def main(argv=None):
   parser.add_argument('encoder', metavar='ENCODER', help='all-MiniLM-L6-v2, say')
   parser.add_argument('decoder', metavar='DECODER', help='stories260K, say')
   parser.add_argument('--data', required=True, type=pathlib.Path, help='has sst2/ and e2e/')
-  parser.add_argument('--steps', type=int, default=60, help='of each variant (%(default)s)')
+  parser.add_argument('--steps', type=int, default=40, help='of each variant (%(default)s)')
   parser.add_argument('--seeds', type=int, default=3, help='how many: 0, 1, ... (%(default)s)')
   a = parser.parse_args(argv)
   encoder, decoder = lean.load(a.encoder), lean.load(a.decoder)
