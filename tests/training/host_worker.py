@@ -93,7 +93,7 @@ def main(given, count, host, port):
       hosts.start(count, coordinator=f'localhost:{port}', host=int(host),
                   heartbeat=given.pop('heartbeat', 10))
     params = run(given)
-    hosts.barrier('all have it')                      # at its end JAX waits for a heartbeat at most
+    hosts.barrier('all have it')                       # an end that is late is no dead host
   except Preempted as error:
     print(error, file=sys.stderr)
     return 0
