@@ -61,7 +61,7 @@ def main():
                              size=sum(x.size for x in jax.tree.leaves(params)))
   text += markdown(('method', 'parameters:', *PLACES, 'files', 'merges'), rows)
   text += '\n' + ''.join(f'- {error}\n' for error in errors)
-  if claims := claimed('adapters'):
+  if claims := claimed('adapters', 'prompts'):
     text += '\n## Claims\n' + claims
   (ROOT / 'docs' / 'adapt.md').write_text(text, encoding='utf-8')
   return 1 if '**fails**' in text else 0

@@ -1,27 +1,39 @@
-"""The experiment on adapters measures what it says, and says what fails."""
+"""The experiments on adapters and prompts measure what they say, and say what fails."""
 import copy
+import csv
 
+import jax
 import numpy as np
 import pytest
 
 import lean_jax as lean
 from lean_jax import tree
 from lean_jax.adapters.trained import trained
-from lean_jax.experiments import adapters
+from lean_jax.experiments import adapters, prompts
 from lean_jax.pipeline.on_text import told_of_seeds
+from lean_jax.training.finetune import example_windows
 
 FIGURES = {
     adapters: dict(
         base=dict(perplexity=9.), nf4=dict(perplexity=9.9, left=.1),
         full=dict(perplexity=5., parameters=1000), lora_few=dict(perplexity=5.1, parameters=9),
         lora=dict(perplexity=4.9, parameters=99),
-        qlora=dict(perplexity=5., parameters=99, left=.02))}
+        qlora=dict(perplexity=5., parameters=99, left=.02)),
+    prompts: {
+        'parameters': dict(share=.04), 'sst2 full': dict(accuracy=.85, near=.82),
+        'sst2 head': dict(accuracy=.8), 'e2e frozen': dict(nats=3.),
+        'e2e full': dict(nats=1., gained=1., near=.9),
+        **{f'sst2 {name}': dict(accuracy=.84, share=.01) for name in prompts.SENTIMENT},
+        **{f'e2e {name}': dict(nats=1.1, gained=.95, share=.02) for name in prompts.RESTAURANTS}}}
 
 
 @pytest.mark.parametrize(('experiment', 'variant', 'figure', 'value', 'fails'), [
     (adapters, 'lora_few', 'parameters', 9, 0), (adapters, 'lora_few', 'parameters', 13, 1),
     (adapters, 'lora_few', 'perplexity', 5.3, 1), (adapters, 'lora', 'perplexity', 9., 1),
-    (adapters, 'qlora', 'perplexity', float('nan'), 1), (adapters, 'qlora', 'left', .3, 1)])
+    (adapters, 'qlora', 'perplexity', float('nan'), 1), (adapters, 'qlora', 'left', .3, 1),
+    (prompts, 'sst2 pfeiffer', 'accuracy', .84, 0), (prompts, 'sst2 houlsby', 'accuracy', .79, 1),
+    (prompts, 'sst2 p_tuning_v2', 'accuracy', .6, 2), (prompts, 'e2e prefix', 'nats', 9.5, 1),
+    (prompts, 'e2e pfeiffer', 'gained', .8, 1), (prompts, 'sst2 houlsby', 'share', .2, 1)])
 def test_a_claim_holds_or_fails_by_the_mean(experiment, variant, figure, value, fails, capsys):
   found = [FIGURES[experiment], copy.deepcopy(FIGURES[experiment])]
   found[1][variant][figure] = value
@@ -53,8 +65,40 @@ def wide(tiny_model):
                      num_hidden_layers=1)
 
 
+def test_short_sentences_and_unseen_restaurants(tmp_path):
+  (tmp_path / 'dev.tsv').write_text('fine\t1\nnot so\t0\n' + 'very ' * 25 + 'long\t1\n')
+  assert prompts.sentences(tmp_path / 'dev.tsv') == [
+      dict(text='fine', label='positive'), dict(text='not so', label='negative')]
+  with (tmp_path / 'devset.csv').open('w', newline='') as file:
+    rows = csv.writer(file)
+    rows.writerows([('mr', 'ref'), *((f'name[{k // 2}]', f'It is "{k}", here.')
+                                     for k in range(44))])
+  known, unseen = prompts.restaurants(tmp_path / 'devset.csv')
+  named = lambda examples: {example['instruction'] for example in examples}
+  assert len(known) + len(unseen) == 44 and named(unseen) == {'name[0]', 'name[10]', 'name[20]'}
+  assert not named(known) & named(unseen) and known[0]['output'] == 'It is "2", here.'
+
+
+def test_nats_are_those_of_the_answers_whatever_is_packed(tiny_model):
+  records = [dict(instruction=f'say {word}', output=f'{word} fox') for word in ('the', 'dog', 'a')]
+  windows = lambda packing: example_windows(tiny_model, records, window=64, packing=packing,
+                                            template=prompts.TEMPLATE)
+  prefixed = lean.attach(tiny_model, 'prefix', tokens=3, hidden=4)
+  for model in (tiny_model, prefixed):
+    assert prompts.nats(model, windows(True)) == pytest.approx(
+        prompts.nats(model, windows(False)), abs=1e-4)
+
+
+def test_a_share_is_of_the_prefix_without_its_mlp(tiny_model):
+  total, config = tree.parameters(tiny_model.params), tiny_model.config
+  for method, settings in (('prefix', dict(hidden=40)), ('p_tuning_v2', {})):
+    found = prompts.share(lean.attach(tiny_model, method, tokens=5, **settings))
+    own = config.layers * 2 * 5 * config.groups * config.head_width
+    assert found == pytest.approx(own / total)
+
+
 @pytest.mark.slow
-def test_the_experiment_trains_every_variant(wide, tmp_path):
+def test_experiments_train_every_variant(wide, tmp_path):
   from lean_jax.data.sources import open_source
   from lean_jax.data.windows import pack
   text = tmp_path / 'text.txt'
@@ -66,3 +110,17 @@ def test_the_experiment_trains_every_variant(wide, tmp_path):
     for side in ('left', 'right'):
       variant, figure = claim[side].split('.')
       assert np.isfinite(found[variant][figure])
+  records = [dict(instruction=f'say {word}', output=f'{word} fox') for word in ('the', 'dog', 'a')]
+  windows = example_windows(wide, records, window=32, template=prompts.TEMPLATE)
+  encoder = lean.create('bert', wide.tokenizer, hidden_size=64, num_hidden_layers=1,
+                        num_attention_heads=2, intermediate_size=64, max_position_embeddings=32)
+  rows = [dict(text=text, label=label) for text, label in (
+      ('the fox', 'positive'), ('the dog', 'negative'))] * 8
+  found = {'parameters': {'share': prompts.SHARE},
+           **prompts.told_of(wide, windows, windows, 0, steps=2, batch=2),
+           **prompts.sentiment(encoder, rows, rows, 0, steps=2, batch=4)}
+  for claim in prompts.claims():
+    for side in ('left', 'right'):
+      variant, figure = claim[side].split('.')
+      assert np.isfinite(found[variant][figure])
+  jax.clear_caches()
