@@ -200,7 +200,7 @@ def single_experts(family, config, hf, found):
 
   transformers 5 has experts as parameters gate_up_proj [E 2*F D] and down_proj [E D F], whose LoRA
   is A [E*R I] and B [O R*E], the expert last; with both adapted, gate_up_proj's has 'base_layer'
-  in its name. Its router is a parameter too, gate.weight.
+  in its name.
 
   Returns:
     hf, found: new ones where there are such.
@@ -209,19 +209,16 @@ def single_experts(family, config, hf, found):
     InputError: adapters of other parameters.
   """
   given = hf.get('target_parameters') or []
-  odd = [p for p in given if not p.endswith(('gate_up_proj', 'down_proj', 'gate.weight'))]
+  odd = [p for p in given if not p.endswith(('gate_up_proj', 'down_proj'))]
   if odd:
     raise InputError(f'adapter_config.json has target_parameters {", ".join(odd)}; lean_jax reads '
-                     'those of experts, gate_up_proj and down_proj, and their router')
+                     'those of experts, gate_up_proj and down_proj, and not of their router')
   names = {key.split('/')[-2]: stored.name.removesuffix('.weight')
            for key, stored in family.names(config).items() if '{expert}' in stored.name}
   if not given or not names:
     return hf, found
-  ranks, alphas, E = {}, {}, config.moe.experts
+  found, ranks, alphas, E = dict(found), {}, {}, config.moe.experts
   start = names['gate'].split('.{expert}')[0].replace('block_sparse_moe', 'mlp')
-  if 'block_sparse_moe' in names['gate']:              # mlp in transformers 5
-    found = {n.replace('.mlp.gate.', '.block_sparse_moe.gate.'): x for n, x in found.items()}
-  found = dict(found)
   for module in {n.split('.lora_A')[0].removesuffix('.base_layer') for n in found
                  if re.search(r'\.experts(\.base_layer)?\.lora_A\.weight$', n)}:
     layer = re.search(r'\.(\d+)\.', module)[1]
