@@ -68,9 +68,13 @@ def product(target, x, values, scale, sizes, level, *more, **how):
   return y.reshape(*batch, M, N)
 
 
-def takes_panels():
-  """Whether this CPU has the instructions of the products with layout 'panels'."""
-  return why_not() is None and LEVELS.index(level()) >= LEVELS.index('AVX512-VNNI')
+def takes_panels(most=len(LEVELS) - 1):
+  """Whether this CPU has the instructions of the products with layout 'panels'.
+
+  Args:
+    most: index of the highest of `LEVELS` that they may use.
+  """
+  return why_not() is None and min(LEVELS.index(level()), most) >= LEVELS.index('AVX512-VNNI')
 
 
 def level():
