@@ -68,13 +68,16 @@ def product(target, x, values, scale, sizes, level, *more, **how):
   return y.reshape(*batch, M, N)
 
 
-def takes_panels(most=len(LEVELS) - 1):
+def takes_panels(most=-1):
   """Whether this CPU has the instructions of the products with layout 'panels'.
 
   Args:
-    most: index of the highest of `LEVELS` that they may use.
+    most: index of the highest of `LEVELS` that they may use; -1 is all that there is.
   """
-  return why_not() is None and min(LEVELS.index(level()), most) >= LEVELS.index('AVX512-VNNI')
+  if why_not() is not None:
+    return False
+  there = LEVELS.index(level())
+  return (there if most < 0 else min(there, most)) >= LEVELS.index('AVX512-VNNI')
 
 
 def level():

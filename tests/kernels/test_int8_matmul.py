@@ -16,8 +16,6 @@ native = pytest.param('native', marks=pytest.mark.skipif(
     library.why_not() is not None, reason=f'the native kernels: {library.why_not()}'))
 
 
-
-
 def operands(shape, seed=0, group=None):
   *batch, M, K, N = shape
   G = -(-K // group) if group else 1
