@@ -126,7 +126,8 @@ def test_room_for_all_is_dropless_and_its_gradients(case):
   want = run(module, Frame())
   for frame in (Frame(), Frame(mask=mask)):
     for a, b in zip(jax.tree.leaves(run(other, frame)), jax.tree.leaves(want)):
-      np.testing.assert_allclose(a, b, atol=5e-5)
+      # float32 sums of as many terms as there are tokens, in another order
+      np.testing.assert_allclose(a, b, rtol=0, atol=B * T * 2 ** -24 * float(jnp.abs(b).max()))
   assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(want))
   grads = want[1][0]
   assert all(float(jnp.abs(meta.unbox(g)).max()) > 0 for name, g in grads['router'].items()
