@@ -6,8 +6,10 @@ import importlib.metadata
 import os
 
 QUICK = '--xla_backend_optimization_level=0'
-if importlib.metadata.version('jaxlib').startswith('0.10.'):           # later ones have no other
+NEWER = {}                    # of jax.jit's compiler_options: the other code generation
+if importlib.metadata.version('jaxlib').startswith('0.10.'):           # later ones have no older
   QUICK += ' --xla_cpu_use_fusion_emitters=false'
+  NEWER = dict(xla_cpu_use_fusion_emitters=True)
 
 
 def quick(devices=8):

@@ -18,6 +18,7 @@ from lean_jax.kernels.weight_only_matmul import reference as weight_only_referen
 from lean_jax.kernels.weight_only_matmul import tpu as weight_only_tpu
 from lean_jax.quantization import formats, layouts
 from lean_jax.quantization.spec import parse_spec
+from tests.xla import NEWER
 
 # At most 3 x 2 x 3 steps: rows, columns and depth of a tile, of operands that no tile divides.
 SIZES = st.tuples(st.integers(1, 70), st.integers(1, 300), st.integers(1, 200))
@@ -94,7 +95,9 @@ SCHEMES = ('w4a16-g32-asym', 'w2a16-g64', 'w8a16-g32', *SLOW)
        st.integers(0, 2 ** 31 - 1))
 def test_weight_only_matmul_equals_the_reference(scheme, sizes, seed):
   given = weight_only_operands(scheme, *sizes, seed=seed)
-  got = weight_only_tpu.weight_only_matmul(*given, blocks=TILE, interpret=True)
+  # XLA's older code generation aborts where integers of two bits are padded
+  got = jax.jit(lambda *x: weight_only_tpu.weight_only_matmul(
+      *x, given[-1], blocks=TILE, interpret=True), compiler_options=NEWER)(*given[:-1])
   wide = [given[0].astype(jnp.float32), *given[1:]]
   want = weight_only_reference.weight_only_matmul(*wide, layout='int4')
   # each weight is rounded to bfloat16 (zero point, scale, product: three times 2 ** -9), each sum
