@@ -1,6 +1,6 @@
 """Writes docs/distillation.md: tries every loss in every place, and every way to a student.
 
-python docs/distillation.py      from the root of a checkout; ten minutes on two cores
+python docs/distillation.py      from the root of a checkout; twenty minutes on a core
 """
 import json
 import pathlib
