@@ -254,21 +254,9 @@ def check_losses(losses):
                        'of it is that')
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LabelledBatches:
-  """Batches with the labels of their windows.
-
-  Attributes:
-    batches: of the cache's windows.
-    cache: of their labels.
-  """
+class Labelled:
+  """What has `batches`, a `data.batches.Batches`, and gives them with labels."""
   batches: Batches
-  cache: Cache
-
-  @property
-  def fingerprint(self) -> str:
-    """What the batches of all hosts are a function of."""
-    return f'{self.batches.fingerprint} {self.cache.teacher} {self.cache.k}'
 
   @property
   def batch(self) -> int:
@@ -283,6 +271,23 @@ class LabelledBatches:
   def rows(self, step) -> np.ndarray:
     """The indices of the windows in a step's batch."""
     return self.batches.rows(step)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelledBatches(Labelled):
+  """Batches with the labels of their windows.
+
+  Attributes:
+    batches: of the cache's windows.
+    cache: of their labels.
+  """
+  batches: Batches
+  cache: Cache
+
+  @property
+  def fingerprint(self) -> str:
+    """What the batches of all hosts are a function of."""
+    return f'{self.batches.fingerprint} {self.cache.teacher} {self.cache.k}'
 
   def __getitem__(self, step) -> dict[str, np.ndarray]:
     """tokens [B T]; label_ids [B T k], int32, and label_log_probs [B T k+1], float32.

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lean_jax.distillation.cache import of_batch, top_labels
+from lean_jax.distillation.cache import Labelled, of_batch, top_labels
 from lean_jax.errors import InputError
 from lean_jax.training import mesh as meshes
 from lean_jax.training.digest import fingerprint
@@ -26,12 +26,10 @@ class Elsewhere:
     teacher: a `lean_jax.Model`, a decoder, of the student's tokenizer.
     mesh: of `training.mesh.make_mesh`.
     k: tokens of a position.
-    length: tokens of a window; None is as without.
   """
   teacher: Any
   mesh: jax.sharding.Mesh
   k: int
-  length: int | None = None
 
   def labelled(self, batches, student):
     """The batches with the teacher's labels, for a student.
@@ -53,7 +51,7 @@ class Elsewhere:
     return TaughtBatches(batches, self)
 
 
-class TaughtBatches:
+class TaughtBatches(Labelled):
   """Batches of text with a teacher's labels, computed on its devices, a batch ahead."""
 
   def __init__(self, batches, of):
@@ -67,20 +65,6 @@ class TaughtBatches:
   def fingerprint(self) -> str:
     """What the batches are a function of."""
     return f'{self.batches.fingerprint} {self._of} {self.k}'
-
-  @property
-  def batch(self) -> int:
-    """Windows a step."""
-    return self.batches.batch
-
-  @property
-  def length(self) -> int:
-    """Tokens of a row."""
-    return self.batches.length
-
-  def rows(self, step):
-    """The indices of the windows in a step's batch."""
-    return self.batches.rows(step)
 
   def __getitem__(self, step):
     """tokens [B T]; label_ids [B T k], int32, and label_log_probs [B T k+1], float32."""

@@ -7,6 +7,7 @@ import pytest
 import lean_jax as lean
 from tests.adapters.stirring import stirred
 from tests.interop.test_pairs import words
+from tests.interop.test_peft_prompts import close
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -65,11 +66,6 @@ def their_logits(model):
 
 def our_logits(model):
   return np.asarray(model.logits(SOURCE, MASK, decoder_tokens=TARGET))
-
-
-def close(one, other):
-  # float32, sums in another order
-  np.testing.assert_allclose(one, other, rtol=0, atol=4e-5 * np.abs(other).max())
 
 
 def cases(methods, *default):

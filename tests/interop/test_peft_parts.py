@@ -12,6 +12,7 @@ from lean_jax import tree
 from lean_jax.weights import Magnitude
 from tests.adapters.stirring import stirred
 from tests.interop import rounding
+from tests.interop.bases import bases
 from tests.interop.test_peft import close, logits, theirs
 
 torch = pytest.importorskip('torch')
@@ -33,17 +34,7 @@ CHANGES = dict(mixtral=dict(num_local_experts=3, num_experts_per_tok=2),
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
   """The function from a family to the folder of a tiny random model."""
-  made = {}
-
-  def one(family):
-    if family not in made:
-      made[family] = tmp_path_factory.mktemp('bases') / family
-      model = rounding.floats(family, **CHANGES.get(family, {}))
-      centre = lambda w: dataclasses.replace(w, value=w.value - 1)     # else all logits are alike
-      params = tree.transform(model.params, [('embed/.*|head/.*', centre)])
-      lean.save(dataclasses.replace(model, params=params), made[family], format='hf')
-    return made[family]
-  return one
+  return bases(tmp_path_factory, CHANGES)
 
 
 def attached(model, method, where, **settings):

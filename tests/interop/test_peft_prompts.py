@@ -1,15 +1,14 @@
 """Prefixes and prompts in the PEFT library's files, and bottlenecks against hooks in PyTorch."""
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 import lean_jax as lean
-from lean_jax import tree
 from lean_jax.weights.beside import Prefix, Prompt
 from tests.adapters.stirring import stirred
 from tests.interop import rounding
+from tests.interop.bases import bases
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -32,17 +31,7 @@ CHANGES = dict(gemma2=dict(head_dim=32, sliding_window=6, tie_word_embeddings=Tr
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
   """The function from a family to the folder of a tiny random model."""
-  made = {}
-
-  def one(family):
-    if family not in made:
-      made[family] = tmp_path_factory.mktemp('bases') / family
-      model = rounding.floats(family, **CHANGES.get(family, {}))
-      centre = lambda w: dataclasses.replace(w, value=w.value - 1)     # else all logits are alike
-      params = tree.transform(model.params, [('embed/.*|head/.*', centre)])
-      lean.save(dataclasses.replace(model, params=params), made[family], format='hf')
-    return made[family]
-  return one
+  return bases(tmp_path_factory, CHANGES)
 
 
 def theirs(folder):
