@@ -1,6 +1,9 @@
 """Tiny random models for tests of the PEFT library's files, saved once each."""
 import dataclasses
 import functools
+import json
+
+import tokenizers
 
 import lean_jax as lean
 from lean_jax import tree
@@ -18,3 +21,15 @@ def bases(tmp_path_factory, changes):
     lean.save(dataclasses.replace(model, params=params), folder, format='hf')
     return folder
   return one
+
+
+def words(folder):
+  """Writes a tokenizer of the ids' own numerals, which ends a source as T5's does."""
+  rules = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+      {'<pad>': 0, '</s>': 1, '<unk>': 2} | {str(k): k for k in range(3, 40)}, '<unk>'))
+  rules.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  rules.add_special_tokens(['<pad>', '</s>', '<unk>'])
+  rules.post_processor = tokenizers.processors.TemplateProcessing(
+      single='$A </s>', special_tokens=[('</s>', 1)])
+  rules.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text(json.dumps(dict(eos_token='</s>')))

@@ -4,13 +4,13 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
 
 import lean_jax as lean
 from lean_jax.data.tokenizer import load_tokenizer
 from lean_jax.errors import InputError
 from lean_jax.interop.hf import load_hf
 from lean_jax.nn.relative import bucket
+from tests.interop.bases import words
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -43,18 +43,6 @@ def written(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config))
     return model, tmp_path
   return write
-
-
-def words(folder):
-  """Writes a tokenizer of the ids' own numerals, which ends a source as T5's does."""
-  rules = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-      {'<pad>': 0, '</s>': 1, '<unk>': 2} | {str(k): k for k in range(3, 40)}, '<unk>'))
-  rules.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  rules.add_special_tokens(['<pad>', '</s>', '<unk>'])
-  rules.post_processor = tokenizers.processors.TemplateProcessing(
-      single='$A </s>', special_tokens=[('</s>', 1)])
-  rules.save(str(folder / 'tokenizer.json'))
-  (folder / 'tokenizer_config.json').write_text(json.dumps(dict(eos_token='</s>')))
 
 
 def theirs(model):

@@ -12,6 +12,7 @@ from lean_jax import tree
 from lean_jax.weights import Magnitude, Scaled
 from tests.adapters.stirring import stirred
 from tests.interop import rounding
+from tests.interop.original import close, logits, theirs
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -53,20 +54,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def base(folder):
   return lean.load(folder)
-
-
-def theirs(folder):
-  return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def logits(model):
-  with torch.no_grad():
-    return model(torch.tensor(rounding.IDS)).logits.numpy()
-
-
-def close(one, other):
-  # float32, sums in another order
-  np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max())
 
 
 def attached(model, name):

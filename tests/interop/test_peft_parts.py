@@ -13,7 +13,7 @@ from lean_jax.weights import Magnitude
 from tests.adapters.stirring import stirred
 from tests.interop import rounding
 from tests.interop.bases import bases
-from tests.interop.test_peft import close, logits, theirs
+from tests.interop.original import close, logits, theirs
 
 torch = pytest.importorskip('torch')
 peft = pytest.importorskip('peft')
