@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from lean_jax.evaluation.perplexity import perplexity
 from lean_jax.generation.caches import CACHES, cache_bytes, with_cache
-from lean_jax.models.stack import empty_cache
+from lean_jax.models.cache import empty_cache
 from lean_jax.nn.rounded import decoded, encoded
 from lean_jax.pipeline import on_text
 

@@ -21,17 +21,13 @@ def pytest_collection_modifyitems(items):
       item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
-MAPS = pathlib.Path('/proc/self/maps')                           # of Linux; 65,530 by default at most
-
-
 @pytest.fixture(autouse=True, scope='module')
-def _programs_do_not_pile_up():
-  """Forgets what was compiled after many programs: each takes maps of memory, of which Linux allows
-  so many, and XLA then crashes.
+def _programs_of_a_module_alone():
+  """Forgets what was compiled: thousands of programs end in more maps of memory than Linux allows,
+  and XLA then crashes.
   """
   yield
-  if not MAPS.exists() or MAPS.read_bytes().count(b'\n') > 20_000:
-    jax.clear_caches()
+  jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """What XLA is asked for where programs are compiled once and run once, which is most of a test.
 
-Less optimization, and of JAX 0.10 the older code generation, which takes half as long.
+Less optimization, one part of a program after the other, since tests have a process for each core,
+and of JAX 0.10 the older code generation, which takes half as long.
 """
 import importlib.metadata
 import os
 
-QUICK = '--xla_backend_optimization_level=0'
+QUICK = '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1'
 NEWER = {}                    # of jax.jit's compiler_options: the other code generation
 if importlib.metadata.version('jaxlib').startswith('0.10.'):           # later ones have no older
   QUICK += ' --xla_cpu_use_fusion_emitters=false'

@@ -19,9 +19,9 @@ from lean_jax.generation.text import generate
 from lean_jax.interop import formats, gguf, gguf_write, hf, sentence, tensors
 from lean_jax.interop.hub import local_folder
 from lean_jax.models import fresh
+from lean_jax.models.config import StackConfig
 from lean_jax.models.families import Family, family_of
 from lean_jax.models.segments import configured, converted
-from lean_jax.models.stack import StackConfig
 from lean_jax.objectives.forward import forward
 from lean_jax.training import mesh as meshes
 from lean_jax.training.checkpoint import load_model, save_model

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lean_jax.calibration.observer import Notes, observed
+from lean_jax.models.frame import Place
 from lean_jax.models.segments import segments, taken, uniform
-from lean_jax.models.stack import Block, Place
+from lean_jax.models.stack import Block
 
 
 class Site(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 
 from lean_jax.data.batches import sequential
 from lean_jax.errors import InputError
-from lean_jax.models.stack import empty_cache
+from lean_jax.models.cache import empty_cache
 from lean_jax.training import mesh as meshes
 
 

@@ -4,8 +4,8 @@ import difflib
 import jax
 
 from lean_jax.errors import InputError
+from lean_jax.models.cache import empty_cache
 from lean_jax.models.segments import configured
-from lean_jax.models.stack import empty_cache
 from lean_jax.nn.rounded import Rounding
 
 CACHES = dict(float=None, int8=Rounding(8), int4=Rounding(4))

@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from lean_jax.generation.sampling import sample
-from lean_jax.models.stack import empty_cache
+from lean_jax.models.cache import empty_cache
 
 _LEAST = 16                   # tokens; shorter programs differ too little to compile one for each
 

@@ -24,7 +24,7 @@ from flax import struct
 from lean_jax.errors import InputError
 from lean_jax.generation import loop
 from lean_jax.generation.sampling import drawn, most_probable, shaped
-from lean_jax.models.stack import empty_cache
+from lean_jax.models.cache import empty_cache
 from lean_jax.nn.rope_scaling import Dynamic
 
 

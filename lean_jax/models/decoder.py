@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lean_jax.kernels.distill_loss.api import Head
-from lean_jax.models.stack import Stack, StackConfig, empty_cache
+from lean_jax.models.cache import empty_cache
+from lean_jax.models.config import StackConfig
+from lean_jax.models.stack import Stack
 from lean_jax.nn.linear import Linear
 from lean_jax.weights import Dense
 

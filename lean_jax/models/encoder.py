@@ -5,7 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lean_jax.models.stack import Stack, StackConfig
+from lean_jax.models.config import StackConfig
+from lean_jax.models.stack import Stack
 from lean_jax.nn.linear import Linear
 from lean_jax.nn.mlp import ACTIVATIONS
 from lean_jax.nn.norm import norm

@@ -5,8 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lean_jax.models.config import StackConfig
 from lean_jax.models.decoder import Decoder, DecoderConfig
-from lean_jax.models.stack import Stack, StackConfig
+from lean_jax.models.stack import Stack
 from lean_jax.nn.linear import Embedding
 
 

@@ -10,10 +10,11 @@ import pytest
 import lean_jax as lean
 from lean_jax import tree
 from lean_jax.adapters.trained import trained
+from lean_jax.models.cache import empty_cache
 from lean_jax.models.encoder import EncoderConfig
 from lean_jax.models.families import family_of
+from lean_jax.models.frame import framed
 from lean_jax.models.prefix import settled
-from lean_jax.models.stack import empty_cache, framed
 from lean_jax.objectives.forward import targets
 from lean_jax.objectives.language_modeling import next_token
 from lean_jax.weights.beside import Prefix

@@ -14,10 +14,10 @@ from lean_jax.distillation.importance import block_influence, importance
 from lean_jax.distillation.losses import tapped
 from lean_jax.distillation.narrow import best, cut, narrowed
 from lean_jax.errors import InputError
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.encoder_decoder import EncoderDecoderConfig
 from lean_jax.models.families import FAMILIES
-from lean_jax.models.stack import Layer
 from lean_jax.nn.mamba import MambaOptions
 from lean_jax.nn.taps import HEADS, SCORES, STATES
 from lean_jax.objectives.forward import forward, run

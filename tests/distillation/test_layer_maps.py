@@ -12,9 +12,9 @@ from lean_jax.distillation.hidden import hidden_cosine, hidden_mse
 from lean_jax.distillation.losses import learned, parsed, tapped, weighted
 from lean_jax.distillation.start import take_layers
 from lean_jax.errors import InputError
+from lean_jax.models.config import StackConfig
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.encoder_decoder import EncoderDecoderConfig
-from lean_jax.models.stack import StackConfig
 from lean_jax.nn.taps import STATES
 from lean_jax.objectives.forward import run
 from lean_jax.training.loop import fit

@@ -17,9 +17,9 @@ from lean_jax.distillation.losses import parsed, projections, tapped, weighted
 from lean_jax.distillation.soft_labels import soft_labels
 from lean_jax.distillation.terms import RELATIONS
 from lean_jax.errors import InputError
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.encoder import EncoderConfig
-from lean_jax.models.stack import Layer
 from lean_jax.nn.mamba import MambaOptions
 from lean_jax.nn.taps import TAPS
 from lean_jax.objectives.forward import forward, run, targets

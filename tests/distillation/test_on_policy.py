@@ -13,9 +13,9 @@ from lean_jax.distillation.on_policy import completed, rollout
 from lean_jax.distillation.soft_labels import soft_labels
 from lean_jax.errors import InputError
 from lean_jax.generation import generate
+from lean_jax.models.config import StackConfig
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.encoder_decoder import EncoderDecoderConfig
-from lean_jax.models.stack import StackConfig
 from lean_jax.nn.rope import Rope
 from lean_jax.nn.rope_scaling import LongRope
 from lean_jax.objectives.forward import forward, targets

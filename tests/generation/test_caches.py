@@ -17,9 +17,10 @@ from lean_jax.generation.caches import cache_bytes, with_cache
 from lean_jax.generation.sampling import Sampling
 from lean_jax.generation.writer import Writer
 from lean_jax.interop.hf import load_hf
+from lean_jax.models.cache import empty_cache
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import Decoder, DecoderConfig
 from lean_jax.models.families import FAMILIES
-from lean_jax.models.stack import Layer, empty_cache
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.latent import LatentOptions
 from lean_jax.nn.lstm import LSTMOptions

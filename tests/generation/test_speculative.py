@@ -12,8 +12,8 @@ from lean_jax.errors import InputError
 from lean_jax.generation import generate, loop, speculative
 from lean_jax.generation.sampling import Sampling
 from lean_jax.generation.writer import Writer
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import DecoderConfig
-from lean_jax.models.stack import Layer
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.lstm import LSTMOptions
 from lean_jax.nn.rope import Rope

@@ -8,9 +8,9 @@ import pytest
 
 from lean_jax.errors import InputError
 from lean_jax.generation import generate
+from lean_jax.models.config import StackConfig
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.encoder_decoder import EncoderDecoderConfig
-from lean_jax.models.stack import StackConfig
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.relative import RelativeOptions
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lean_jax.generation import generate
 from lean_jax.interop.hf import load_hf, save_hf
-from lean_jax.models.stack import empty_cache
+from lean_jax.models.cache import empty_cache
 
 VOCABULARY = 97
 B, T = 3, 24

@@ -62,7 +62,7 @@ def test_what_peft_saves_we_load_with_the_same_logits(folders, tmp_path, family,
   torch.manual_seed(0)
   model = peft.get_peft_model(theirs(folders(family)), THEIRS[method]()).eval()
   model.save_pretrained(tmp_path)
-  virtual = 3 * (method in ('prompt', 'p_tuning'))              # rows of logits that are not tokens'
+  virtual = 3 * (method in ('prompt', 'p_tuning'))       # rows of logits that are not tokens'
   want = logits(model)[:, virtual:]
   base = lean.load(folders(family))
   close(np.asarray(lean.load_adapter(base, tmp_path).logits(rounding.IDS)), want, 4e-5)

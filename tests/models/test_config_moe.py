@@ -5,8 +5,8 @@ import re
 import pytest
 
 from lean_jax.errors import InputError
+from lean_jax.models.config import Layer
 from lean_jax.models.families import FAMILIES
-from lean_jax.models.stack import Layer
 
 YARN = dict(rope_type='yarn', rope_theta=1e4, factor=4., original_max_position_embeddings=4096)
 # What each family's variants set beside the defaults; from_hf and to_hf are inverses on them.

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from lean_jax.errors import InputError
+from lean_jax.models.config import Layer
 from lean_jax.models.families import FAMILIES
-from lean_jax.models.stack import Layer
 
 # What each family's variants set beside the defaults; from_hf and to_hf are inverses on them.
 VARIANTS = {

@@ -8,9 +8,9 @@ import pytest
 from lean_jax import tree
 from lean_jax.distillation.start import take_layers
 from lean_jax.interop import hf
+from lean_jax.models.config import Layer
 from lean_jax.models.encoder import EncoderConfig, TransformOptions
 from lean_jax.models.segments import converted
-from lean_jax.models.stack import Layer
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.mlp import MLPOptions
 from lean_jax.nn.rope import Rope

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from lean_jax.interop.hf import configured
+from lean_jax.models.cache import empty_cache
+from lean_jax.models.config import StackConfig
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.encoder_decoder import EncoderDecoderConfig
 from lean_jax.models.segments import restacked, unstacked
-from lean_jax.models.stack import StackConfig, empty_cache
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.relative import RelativeOptions
 from lean_jax.training.mesh import make_mesh, on, put_batch, shardings

@@ -12,7 +12,7 @@ from lean_jax.data.examples import Example
 from lean_jax.errors import InputError
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.families import family_of
-from lean_jax.models.stack import check_segments
+from lean_jax.models.frame import check_segments
 from lean_jax.objectives.forward import forward, targets
 from lean_jax.objectives.language_modeling import next_token
 

@@ -10,6 +10,7 @@ from lean_jax import tree
 from lean_jax.adapters.lora import lora
 from lean_jax.distillation.start import take_layers
 from lean_jax.interop import hf
+from lean_jax.models.config import Layer, StackConfig
 from lean_jax.models.decoder import Decoder, DecoderConfig, empty_cache
 from lean_jax.models.encoder_decoder import EncoderDecoderConfig
 from lean_jax.models.segments import (
@@ -20,7 +21,6 @@ from lean_jax.models.segments import (
   uniform,
   unstacked,
 )
-from lean_jax.models.stack import Layer, StackConfig
 from lean_jax.quantization.rtn import rtn
 
 KINDS = dict(a=Layer(), b=Layer(feed_forward=None), m=Layer('mamba'), e=Layer('mamba', 'moe'),

@@ -9,10 +9,10 @@ from flax import linen as nn
 
 from lean_jax.distillation.losses import tapped
 from lean_jax.distillation.start import take_layers
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import DecoderConfig, empty_cache
 from lean_jax.models.encoder import EncoderConfig
 from lean_jax.models.segments import converted
-from lean_jax.models.stack import Layer
 from lean_jax.nn.attention import HIDDEN
 from lean_jax.nn.latent import LatentOptions
 from lean_jax.nn.taps import HEADS, SCORES, STATES, TAPS

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
+from lean_jax.models.cache import Slot
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import Decoder, DecoderConfig
+from lean_jax.models.frame import Frame
 from lean_jax.models.kinds import MIXERS
-from lean_jax.models.stack import Frame, Layer, Slot
 from lean_jax.nn.attention import AttentionOptions
 
 B, T, D, V = 3, 19, 16, 29

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import Decoder, DecoderConfig, empty_cache
-from lean_jax.models.stack import Layer, Place, framed
+from lean_jax.models.frame import Place, framed
 from lean_jax.nn import latent
 from lean_jax.nn.latent import LatentOptions
 

@@ -3,7 +3,7 @@ import jax
 import numpy as np
 import pytest
 
-from lean_jax.models.stack import Frame
+from lean_jax.models.frame import Frame
 from lean_jax.nn.lstm import LSTMOptions
 from tests.nn import recurrent
 

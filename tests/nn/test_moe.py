@@ -12,7 +12,8 @@ from flax import linen as nn
 from flax.core import meta
 
 from lean_jax import tree
-from lean_jax.models.stack import Frame, Layer, StackConfig
+from lean_jax.models.config import Layer, StackConfig
+from lean_jax.models.frame import Frame
 from lean_jax.nn import moe, router
 from lean_jax.nn.moe import MoE, MoEOptions
 from lean_jax.nn.router import RouterOptions

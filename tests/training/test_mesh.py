@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lean_jax.errors import InputError
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import DecoderConfig
-from lean_jax.models.stack import Layer
 from lean_jax.nn.moe import MoEOptions
 from lean_jax.nn.router import RouterOptions
 from lean_jax.objectives.language_modeling import next_token

@@ -1,4 +1,5 @@
 """BART (Lewis et al. 2019, arXiv:1910.13461)."""
+from lean_jax.models.config import StackConfig
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.encoder_decoder import EncoderDecoderConfig
 from lean_jax.models.families.base import (
@@ -15,7 +16,6 @@ from lean_jax.models.families.base import (
   token,
   with_bias,
 )
-from lean_jax.models.stack import StackConfig
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.mlp import MLPOptions
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lean_jax.errors import InputError
-from lean_jax.models.stack import StackConfig
+from lean_jax.models.config import StackConfig
 
 
 @dataclasses.dataclass(frozen=True)

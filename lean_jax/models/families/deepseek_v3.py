@@ -2,9 +2,9 @@
 import dataclasses
 
 from lean_jax.errors import InputError
+from lean_jax.models.config import Layer
 from lean_jax.models.families import llama, mixtral
 from lean_jax.models.families.base import Family, Stored, given, linear, parts, positive, require
-from lean_jax.models.stack import Layer
 from lean_jax.nn.latent import LatentOptions
 from lean_jax.nn.rope_scaling import Yarn, yarn_scale
 

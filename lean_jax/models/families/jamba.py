@@ -1,5 +1,6 @@
 """Jamba (Lieber et al. 2024, arXiv:2403.19887): some layers attend, the others are Mamba's."""
 from lean_jax.errors import InputError
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.families import llama, mamba, mixtral
 from lean_jax.models.families.base import (
@@ -13,7 +14,6 @@ from lean_jax.models.families.base import (
   positive,
   require,
 )
-from lean_jax.models.stack import Layer
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.mamba import MambaOptions
 from lean_jax.nn.mlp import MLPOptions

@@ -1,8 +1,8 @@
 """Layers with a window among layers without: layer_types and sliding_window of config.json."""
 from lean_jax.errors import InputError
+from lean_jax.models.config import Layer
 from lean_jax.models.families.base import positive, require
 from lean_jax.models.families.rope_config import FULL, SLIDING
-from lean_jax.models.stack import Layer
 
 
 def layers_of(hf, slides, rotary=0):

@@ -4,6 +4,7 @@ Layers are residual and normalised as a transformer's are: x + LSTM(norm(x)), an
 intermediate_size is a number, x + MLP(norm(x)). Tensors have the names, the shapes and the order of
 gates of torch.nn.LSTM, of whose two biases the second is zero and not stored.
 """
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.families import llama
 from lean_jax.models.families.base import (
@@ -17,7 +18,6 @@ from lean_jax.models.families.base import (
   positive,
   require,
 )
-from lean_jax.models.stack import Layer
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.lstm import LSTMOptions
 from lean_jax.nn.mlp import MLPOptions

@@ -1,6 +1,7 @@
 """Mamba (Gu & Dao 2023, arXiv:2312.00752); what its successor shares."""
 import math
 
+from lean_jax.models.config import Layer
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.families.base import (
   ACTIVATIONS,
@@ -14,7 +15,6 @@ from lean_jax.models.families.base import (
   require,
   with_bias,
 )
-from lean_jax.models.stack import Layer
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.mamba import MambaOptions
 

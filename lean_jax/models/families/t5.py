@@ -1,5 +1,6 @@
 """T5 (Raffel et al. 2019, arXiv:1910.10683): v1.0 with a tied head, v1.1 and Flan without."""
 from lean_jax.errors import InputError
+from lean_jax.models.config import StackConfig
 from lean_jax.models.decoder import DecoderConfig
 from lean_jax.models.encoder_decoder import EncoderDecoderConfig
 from lean_jax.models.families.base import (
@@ -14,7 +15,6 @@ from lean_jax.models.families.base import (
   require,
   token,
 )
-from lean_jax.models.stack import StackConfig
 from lean_jax.nn.attention import AttentionOptions
 from lean_jax.nn.mlp import MLPOptions
 from lean_jax.nn.relative import RelativeOptions
