@@ -18,7 +18,7 @@ quick(1)
 import jax  # noqa: E402
 
 import lean_jax as lean  # noqa: E402
-from docs.page import claimed, markdown, versions  # noqa: E402
+from docs.page import claimed, markdown, refusals, versions  # noqa: E402
 from lean_jax import tree  # noqa: E402
 from lean_jax.adapters.bitfit import BIASES  # noqa: E402
 from lean_jax.adapters.trained import trained  # noqa: E402
@@ -61,7 +61,7 @@ def main():
   text = INTRODUCTION.format(versions=versions('jax', 'flax'),
                              size=sum(x.size for x in jax.tree.leaves(params)))
   text += markdown(('method', 'parameters:', *PLACES, 'files', 'merges'), rows)
-  text += '\n' + ''.join(f'- {error}\n' for error in errors)
+  text += '\n' + refusals(errors, METHODS)
   if claims := claimed('adapters', 'prompts'):
     text += '\n## Claims\n' + claims
   (ROOT / 'docs' / 'adapt.md').write_text(text, encoding='utf-8')

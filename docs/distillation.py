@@ -18,7 +18,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 import lean_jax as lean  # noqa: E402
-from docs.page import claimed, markdown, versions  # noqa: E402
+from docs.page import claimed, markdown, refusals, versions  # noqa: E402
 from lean_jax.data.sources import open_source  # noqa: E402
 from lean_jax.data.tokenizer import train_bpe  # noqa: E402
 from lean_jax.data.windows import pack  # noqa: E402
@@ -74,7 +74,7 @@ def main():
     ways = [(what, how, f'{figure:.3f}') for what, how, figure in world.ways()]
     text = INTRODUCTION.format(versions=versions('jax', 'flax'))
     text += markdown(('loss', *PLACES), [(f'`{name}`', *row) for name, row in cells.items()])
-    text += '\n' + ''.join(f'- {error}\n' for error in errors)
+    text += '\n' + refusals(errors, LOSSES)
     text += WAYS.format(steps=LONG, batch=BATCH, window=WINDOW, teacher=world.bits(world.teacher))
   text += markdown(('student', 'call', 'bits a byte:'), ways)
   text += CLAIMS + claimed('distillation', 'distill_architectures', 'federated', 'retrieval')

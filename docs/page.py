@@ -33,3 +33,12 @@ def claimed(*names):
       lines = [line for line in rest if line.startswith(('pass ', 'FAIL '))]
       text += f'\n`{head}`\n\n```\n' + '\n'.join(lines) + '\n```\n'
   return text
+
+
+def refusals(errors, names):
+  """A list of errors, where those that begin with one of the names and are else alike are one."""
+  alike = {}
+  for error in errors:
+    name = max((n for n in names if error.startswith(f'{n} ')), key=len, default='')
+    alike.setdefault(error.removeprefix(name), []).append(f'`{name}`')
+  return ''.join(f'- {", ".join(n for n in of if n != "``")}{rest}\n' for rest, of in alike.items())
