@@ -5,8 +5,10 @@ h = mix(b ^ 0x9E3779B1 p); the digest is (sum of h, sum of (2 floor(p / 2) + 1) 
 so that sharding does not matter; mix and the odd factor are invertible, so that a change of one
 element always shows. Shape and dtype are not part of it: a description holds those.
 """
+import concurrent.futures
 import hashlib
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ import numpy as np
 
 from lean_jax.tree import named_arrays
 
-_CHUNK = 1 << 16                                       # elements; the temporaries stay in the cache
+_CHUNK = 1 << 15                                       # elements; the temporaries stay in the cache
+_PIECE = 1 << 21                                       # of a thread
 _POSITION, _FIRST, _SECOND = (np.uint32(c) for c in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35))
 
 
@@ -24,8 +27,10 @@ def digest(tree):
   Arrays of this host's CPU are read where they are, without compiling anything; others on their
   devices, by one small program for each shape and sharding.
   """
-  sums = {name: _host_sums(x) if _on_host(x) else _device_sums(x)
-          for name, x in named_arrays(tree).items()}
+  arrays = named_arrays(tree)
+  sums = {name: _device_sums(x) for name, x in arrays.items() if not _on_host(x)}   # begun
+  sums |= _host_sums({name: x for name, x in arrays.items() if name not in sums})
+  sums = {name: sums[name] for name in arrays}
   return {name: '{:08x}{:08x}'.format(*map(int, pair))
           for name, pair in jax.device_get(sums).items()}
 
@@ -53,7 +58,13 @@ def _bits_dtype(dtype):
 
 @jax.jit
 def _device_sums(x):
-  return _sums(jnp, _device_bits(x))
+  """Sums of one array; the formula as it is above."""
+  bits, position = _device_bits(x)
+  h = (bits ^ (position * _POSITION)) * _FIRST
+  h = (h ^ (h >> np.uint32(13))) * _SECOND
+  h = h ^ (h >> np.uint32(16))
+  total = lambda y: jnp.sum(y, dtype=jnp.uint32)
+  return total(h), total(h * (position | np.uint32(1)))
 
 
 def _device_bits(x):
@@ -71,25 +82,49 @@ def _device_bits(x):
   return bits, position
 
 
-def _host_sums(x):
+def _host_sums(arrays):
+  """{name: sums} of {name: array}, on all cores: NumPy lets go of Python's lock meanwhile."""
+  pieces = [(name, flat[start:start + _PIECE], start) for name, flat in
+            ((name, _host_bits(x)) for name, x in arrays.items())
+            for start in range(0, flat.size, _PIECE)]
+  work = lambda piece: (piece[0], _piece_sums(*piece[1:]))
+  sums = {name: np.zeros(2, np.uint32) for name in arrays}
+  with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    for name, pair in (map if len(pieces) < 2 else pool.map)(work, pieces):
+      sums[name] += pair
+  return sums
+
+
+def _host_bits(x):
   x = np.asarray(jax.random.key_data(x) if isinstance(x, jax.Array) and _is_key(x) else x)
   if x.dtype in (jnp.int4, jnp.int2):
     x = x.astype(np.int8)
   if x.dtype in (jnp.uint4, jnp.uint2):
     x = x.astype(np.uint8)
   x = np.ascontiguousarray(x).reshape(-1)
-  flat = x.view(_bits_dtype(x.dtype))
-  totals = np.zeros(2, np.uint32)
-  for start in range(0, flat.size, _CHUNK):
-    bits = flat[start:start + _CHUNK].astype(np.uint32)
-    position = np.arange(bits.size, dtype=np.uint32) + np.uint32(start & 0xFFFFFFFF)
-    totals += np.array(_sums(np, (bits, position)), np.uint32)
-  return totals
+  return x.view(_bits_dtype(x.dtype))
 
 
-def _sums(xp, bits_and_position):
-  bits, position = bits_and_position
-  h = (bits ^ (position * _POSITION)) * _FIRST
-  h = (h ^ (h >> np.uint32(13))) * _SECOND
-  h = h ^ (h >> np.uint32(16))
-  return (xp.sum(h, dtype=np.uint32), xp.sum(h * (position | np.uint32(1)), dtype=np.uint32))
+def _piece_sums(bits, first):
+  """The sums of bits at positions from `first`, an even one; `_sums` without temporaries."""
+  wrap = lambda n: np.uint32(n & 0xFFFFFFFF)
+  position = np.arange(min(_CHUNK, bits.size), dtype=np.uint32)
+  times, odd = position * _POSITION, position | np.uint32(1)
+  h, g = np.empty_like(position), np.empty_like(position)
+  one = other = 0
+  for start in range(0, bits.size, _CHUNK):
+    b = bits[start:start + _CHUNK]
+    n, at = b.size, first + start
+    x, y = h[:n], g[:n]
+    np.add(times[:n], wrap(at * int(_POSITION)), out=y)
+    np.bitwise_xor(b, y, out=x)
+    np.multiply(x, _FIRST, out=x)
+    np.right_shift(x, np.uint32(13), out=y)
+    np.bitwise_xor(x, y, out=x)
+    np.multiply(x, _SECOND, out=x)
+    np.right_shift(x, np.uint32(16), out=y)
+    np.bitwise_xor(x, y, out=x)
+    total = int(np.sum(x, dtype=np.uint32))
+    one += total
+    other += int(np.dot(x, odd[:n])) + at * total      # (at + position) | 1, at being even
+  return np.array([wrap(one), wrap(other)])

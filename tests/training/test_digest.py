@@ -42,6 +42,31 @@ def test_host_and_device_compute_the_same(trees, monkeypatch):
   assert digest(tree) == host
 
 
+def test_long_arrays_are_read_in_pieces_as_they_are_on_a_device(monkeypatch):
+  long = jnp.asarray(np.random.default_rng(0).integers(0, 256, 300_001), jnp.uint8)
+  tree = dict(bytes=long, halves=long[:-1].view(jnp.bfloat16), words=long[:-1].view(jnp.float32))
+  monkeypatch.setattr(module, '_PIECE', 1 << 16)
+  host = digest(tree)
+  monkeypatch.setattr(module, '_on_host', lambda x: False)
+  assert digest(tree) == host
+
+
+def by_hand(values):
+  """The digest of a list of 32-bit integers, by the formula, in integers that do not wrap."""
+  one = other = 0
+  for p, b in enumerate(values):
+    h = (b ^ (0x9E3779B1 * p % 2 ** 32)) * 0x85EBCA6B % 2 ** 32
+    h = (h ^ h >> 13) * 0xC2B2AE35 % 2 ** 32
+    h ^= h >> 16
+    one, other = one + h, other + (2 * (p // 2) + 1) * h
+  return f'{one % 2 ** 32:08x}{other % 2 ** 32:08x}'
+
+
+def test_it_is_the_formula():
+  values = np.random.default_rng(0).integers(0, 2 ** 32, 70_001).astype(np.uint32)
+  assert digest(dict(x=values))['x'] == by_hand(values.tolist())
+
+
 def test_one_flipped_bit_always_shows(trees):
   bits, tree = trees
   before = digest(tree)
