@@ -6,77 +6,38 @@
     print(model.generate('Once upon a time'))
     lean.save(model, 'OUT')
 
-The functions are those of `lean_jax.api`, and `evaluation.audit`, imported when first used.
+The functions are those of `lean_jax.api`, imported when one is first used.
 """
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
-from lean_jax.errors import InputError, LeanError
-from lean_jax.version import __version__
+from lean_jax.errors import InputError as InputError
+from lean_jax.errors import LeanError as LeanError
+from lean_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
-  from lean_jax.api import (
-    Model,
-    add_classifier,
-    allocate_bits,
-    attach,
-    attach_lora,
-    cache_teacher,
-    combine,
-    completions,
-    create,
-    cut,
-    distill,
-    distill_encoder,
-    distill_ranker,
-    evaluate,
-    evaluate_classifier,
-    evaluate_retrieval,
-    federated_client,
-    federated_server,
-    finetune,
-    generate,
-    label,
-    load,
-    load_adapter,
-    merge,
-    quantize,
-    requantize,
-    rotate,
-    save,
-    save_adapter,
-    scan_layers,
-    together,
-    train,
-    train_classifier,
-    use,
-    write_data,
-  )
-  from lean_jax.evaluation.audit import audit
+  from lean_jax.api import *  # noqa: F403
 
-_API = ('Model', 'add_classifier', 'allocate_bits', 'attach', 'attach_lora', 'cache_teacher',
-        'combine', 'completions', 'create', 'cut', 'distill', 'distill_encoder', 'distill_ranker',
-        'evaluate', 'evaluate_classifier', 'evaluate_retrieval', 'federated_client',
-        'federated_server', 'finetune', 'generate', 'label', 'load', 'load_adapter', 'merge',
-        'quantize', 'requantize', 'rotate', 'save', 'save_adapter', 'scan_layers', 'together',
-        'train', 'train_classifier', 'use', 'write_data')
-
-__all__ = ['InputError', 'LeanError', 'Model', '__version__', 'add_classifier', 'allocate_bits',
-           'attach', 'attach_lora', 'audit', 'cache_teacher', 'combine', 'completions', 'create',
-           'cut', 'distill', 'distill_encoder', 'distill_ranker', 'evaluate', 'evaluate_classifier',
-           'evaluate_retrieval', 'federated_client', 'federated_server', 'finetune', 'generate',
-           'label', 'load', 'load_adapter', 'merge', 'quantize', 'requantize', 'rotate', 'save',
-           'save_adapter', 'scan_layers', 'together', 'train', 'train_classifier', 'use',
-           'write_data']
+_OWN = ('InputError', 'LeanError', '__version__')
 
 
 def __getattr__(name):
-  if name in _API:
-    return getattr(importlib.import_module('lean_jax.api'), name)
-  if name == 'audit':
-    return importlib.import_module('lean_jax.evaluation.audit').audit
+  if name == '__all__':
+    return sorted((*_OWN, *_api().__all__))
+  if not (name.startswith('_') or _is_module(name)) and name in _api().__all__:
+    return getattr(_api(), name)
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__():
-  return sorted([*globals(), *_API, 'audit'])
+  return sorted({*globals(), *_api().__all__})
+
+
+def _is_module(name):
+  """`from lean_jax import tree` asks here first, and is not to import all the rest."""
+  return importlib.util.find_spec(f'{__name__}.{name}') is not None
+
+
+def _api():
+  return importlib.import_module('lean_jax.api')

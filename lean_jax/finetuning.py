@@ -47,8 +47,8 @@ def run(arguments):
   Raises:
     InputError: OUT is there, or as of `lean.finetune`.
   """
-  from lean_jax import api
   from lean_jax.adapters.peft import refusal
+  from lean_jax.api import training as api
   from lean_jax.data.batches import Batches
   from lean_jax.files import occupied
   from lean_jax.report.progress import Bars, training

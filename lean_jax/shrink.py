@@ -46,15 +46,16 @@ def run(arguments, console):
   Raises:
     InputError: OUT is there, or as of `lean.quantize`.
   """
-  from lean_jax import api, tree
+  from lean_jax import tree
+  from lean_jax.api.model import FORMATS
   from lean_jax.calibration import quantize as methods
   from lean_jax.files import occupied
   from lean_jax.report.progress import Bars
   a, out = arguments, pathlib.Path(arguments.out)
   if occupied(out):                                    # before the work
     raise InputError(f'{out} is there already; name another')
-  if a.format not in api.FORMATS:
-    raise InputError(f'no format {a.format!r}; there are: {", ".join(api.FORMATS)}')
+  if a.format not in FORMATS:
+    raise InputError(f'no format {a.format!r}; there are: {", ".join(FORMATS)}')
   check(a)
   model, bars = lean.load(a.folder, scan_layers=False if a.budget else None), Bars()
   rows, kept = [], out.with_name(f'.{out.name}.layers')

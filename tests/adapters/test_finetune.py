@@ -12,6 +12,7 @@ import pytest
 
 import lean_jax as lean
 from lean_jax import tree
+from lean_jax.api.training import begin
 from lean_jax.cli import main
 from lean_jax.training import finetune
 from lean_jax.weights import LowRank, Quantized
@@ -58,7 +59,7 @@ def test_qlora_rounds_learns_the_answers_and_leaves_the_base(wide, data):
   assert isinstance(up, LowRank) and isinstance(up.base, Quantized) and up.a.shape[-1] == 2
   jax.tree.map(np.testing.assert_array_equal, up.base, base.params['layers']['mlp']['up']['kernel'])
   rounded = lean.quantize(wide, 'w4a16-g16')
-  again = lean.api.begin(rounded, 'qlora')
+  again = begin(rounded, 'qlora')
   assert str(again.params['layers']['mlp']['up']['kernel'].base.spec) == 'w4a16-g16'
 
 
@@ -70,7 +71,7 @@ def test_a_method_trains_what_is_its_own(tiny_model, data, method):
       method)
   tuned = lean.finetune(tiny_model, data, method=method, steps=2, window=64, batch=2, peak=1e-2,
                         adapter=settings, template=TEMPLATE)
-  before = lean.api.begin(tiny_model, method, settings)
+  before = begin(tiny_model, method, settings)
   changed = [n for n, x in tree.named_arrays(tuned.params).items()
              if bool((x != tree.named_arrays(before.params)[n]).any())]
   assert changed and (method != 'full' or len(changed) == len(tree.named_arrays(tuned.params)))
@@ -113,7 +114,7 @@ def test_a_run_killed_at_a_step_goes_on_to_the_same_bits(tiny_model, data, tmp_p
   same_bits(again, whole)
   same_bits(run('cut', hooks=look), whole)
   assert seen == [3, 4, 5]                             # there was nothing left to do
-  begun = lean.api.begin(tiny_model, method, dict(lora=dict(rank=2, dropout=.1), prefix=dict(
+  begun = begin(tiny_model, method, dict(lora=dict(rank=2, dropout=.1), prefix=dict(
       tokens=2, hidden=8)).get(method))
   assert any(bool((a != b).any()) for a, b in zip(*(jax.tree.leaves(m.params) for m in (
       whole, begun))))
