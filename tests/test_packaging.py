@@ -1,7 +1,10 @@
 """What is installed is what is there."""
 import configparser
 import importlib
+import os
 import pathlib
+
+import pytest
 
 import lean_jax
 from lean_jax.version import __version__
@@ -30,3 +33,10 @@ def test_kernels_are_ours_and_not_a_top_level_package():
 def test_every_public_name_is_there():
   assert all(getattr(lean_jax, name) is not None for name in lean_jax.__all__)
   assert lean_jax.__version__ == __version__
+
+
+@pytest.mark.skipif('PYTEST_XDIST_WORKER' not in os.environ, reason='tests run in one process')
+def test_a_files_tests_run_in_one_process_of_several(request):
+  """Or each process makes again what the tests of a file share, and the suite takes twice as long.
+  """
+  assert request.node.nodeid.endswith('@test_packaging.py')

@@ -167,15 +167,20 @@ def replaced(tree, path, change):
 def taken(tree, k):
   """The tree of layer k, of a tree whose arrays have a layer axis first."""
   def one(w):
-    part = jax.tree.map(lambda x: x[k], w)
+    part = jax.tree.map(lambda x: _row(x, k) if isinstance(x, jax.Array) else x[k], w)
     return part.remove_axis(w.dims.index('n'), _STACKED) if is_weight(w) else part
   return jax.tree.map(one, tree, is_leaf=is_weight)
+
+
+# One program each, whatever the row.
+_row = jax.jit(lambda x, k: jax.lax.dynamic_index_in_dim(x, k, 0, keepdims=False))
+_joined = jax.jit(jnp.stack)
 
 
 def _stacked(trees):
   def one(*ws):
     if is_weight(ws[0]):
       ws = type(ws[0]).alike(ws)
-    whole = jax.tree.map(lambda *xs: jnp.stack(xs), *ws)
+    whole = jax.tree.map(lambda *xs: _joined(xs), *ws)
     return whole.add_axis(0, _STACKED) if is_weight(ws[0]) else whole
   return jax.tree.map(one, *trees, is_leaf=is_weight)

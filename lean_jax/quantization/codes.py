@@ -14,6 +14,8 @@ bits in whatever program it is compiled: training rounds as the stored codes do.
   mxfp4, mxfp8      a power of two times a float of four or eight bits (OCP Microscaling Formats
                     1.0, sections 5 and 6.3)
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -124,6 +126,7 @@ def integers(codes, spec):
   return codes.astype(jnp.int8) - jnp.int8(1) if spec.code == 'ternary' else codes
 
 
+@functools.partial(jax.jit, static_argnames='spec', inline=True)
 def signed(codes, spec):
   """Codes as `encode` gives them, of those as `packing.unpack` gives them."""
   if spec.code != 'int' or not spec.symmetric or spec.bits == 8:

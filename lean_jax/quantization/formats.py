@@ -36,6 +36,7 @@ def quantize(x, spec, shrink=1.):
   return ungrouped(found, x.shape[-2]), nested(scale) if spec.double else scale, zero
 
 
+@functools.partial(jax.jit, static_argnames=('spec', 'dtype'), inline=True)
 def dequantize(codes, scale, zero, spec, dtype):
   """The values that codes stand for, [..., I, O] in `dtype`."""
   split = grouped(codes, spec)

@@ -1,10 +1,14 @@
 """Codes as bytes: as many bits as the scheme says, along the axis that a product sums over."""
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 _DIGITS = 5                   # ternary digits in a byte: 3 ** 5 = 243 of 256
+# One program where no other is around it, instead of one for each operation.
+_at_once = functools.partial(jax.jit, inline=True)
 
 
 def pack(codes, bits):
@@ -14,8 +18,11 @@ def pack(codes, bits):
   Codes of 8 bits are stored as they are. Ternary ones (bits 1.6) are 0, 1 or 2, five of them one
   number to the base 3, the first its last digit.
   """
-  if bits == 8:
-    return codes
+  return codes if bits == 8 else _packed(codes, bits=bits)
+
+
+@functools.partial(_at_once, static_argnames='bits')
+def _packed(codes, bits):
   each, size = unit(bits)
   codes = padded(codes, each).astype(jnp.uint8)
   *batch, I, O = codes.shape
@@ -32,8 +39,11 @@ def pack(codes, bits):
 
 def unpack(values, bits, rows):
   """The inverse of `pack`: uint8 codes [..., rows, O]; of 8 bits as they are."""
-  if bits == 8:
-    return values
+  return values if bits == 8 else _unpacked(values, bits=bits, rows=rows)
+
+
+@functools.partial(_at_once, static_argnames=('bits', 'rows'))
+def _unpacked(values, bits, rows):
   each, size = unit(bits)
   *batch, packed, O = values.shape
   parts = values.reshape(*batch, packed // size, size, O)

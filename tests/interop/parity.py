@@ -88,8 +88,12 @@ def their_logits(model, tokens, mask=None, positions=None):
 
 def our_logits(config, params, tokens, mask=None):
   """Ours."""
-  run = jax.jit(lambda p, t, m: config.module.apply({'params': p}, t, mask=m)[0])
-  return np.asarray(run(params, jnp.asarray(tokens), mask))
+  return np.asarray(_logits(config)(params, jnp.asarray(tokens), mask))
+
+
+@functools.lru_cache(maxsize=4)
+def _logits(config):
+  return jax.jit(lambda p, t, m: config.module.apply({'params': p}, t, mask=m)[0])
 
 
 def close(ours, theirs, bound, mask=None):
@@ -123,7 +127,7 @@ def check_cache(row):
   run = jax.jit(lambda p, t, m, cache, at: config.module.apply(
       {'params': p}, t, cache, at, m))
   cache, parts = empty_cache(config, B, T + 8), []
-  for start, end in ((0, 16), (16, 20), *((k, k + 1) for k in range(20, T))):
+  for start, end in ((0, 8), (8, 16), *((k, k + 1) for k in range(16, T))):
     logits, cache = run(params, jnp.asarray(tokens[:, start:end]), mask[:, start:end], cache, start)
     parts.append(logits)
   return close(np.concatenate(parts, axis=1), whole, 1e-5, mask)

@@ -43,9 +43,11 @@ def model(family, tokenizer, **change):
   family = FAMILIES[family]
   hf = HF | dict(model_type=family.model_type, vocab_size=tokenizer.size) | change
   config = family.from_hf(hf)
-  params = jax.jit(config.module.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
-  params = jax.tree.map(lambda x: x + .1 * jax.random.normal(jax.random.key(x.size), x.shape),
-                        params)
+  like = jax.eval_shape(config.module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  rng = np.random.default_rng(0)
+  one = lambda path, x: jnp.asarray(
+      rng.normal(size=x.shape) * .15 + ('norm' in jax.tree_util.keystr(path)), jnp.float32)
+  params = jax.tree_util.tree_map_with_path(one, like['params'])
   return lean.Model(family, config, params, tokenizer, hf)
 
 

@@ -67,6 +67,7 @@ def test_saved_it_is_the_same_for_transformers(folder, encoder, tmp_path):
                                 originals(folder, TEXTS[:3]))
 
 
+@pytest.mark.slow
 def test_it_ranks_pairs_of_sentences_as_people_do(encoder, real_data):
   from scipy.stats import spearmanr
   with (real_data / 'stsb' / 'dev.csv').open(newline='', encoding='utf-8') as file:
