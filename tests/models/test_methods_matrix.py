@@ -10,13 +10,21 @@ def test_every_family_is_here():
 
 
 # The methods of a family follow each other in one process, so that its model is made once.
-# One method of each family, another one for the next, runs by default; all of them with -m ''.
+# One method of each family, another one for the next, runs by default, of those that take longest
+# to compile one without training; all of them with -m ''.
+METHODS = [*matrix.STEPS, 'distill']
+LARGE = ('deepseek_v3', 'jamba', 'mixtral', 't5', 'gpt_oss')
+
+
+def by_default(i, family, method):
+  return method == ('w8a8', 'w4a16')[i % 2] if family in LARGE else method == METHODS[i % 6]
+
+
 @pytest.mark.parametrize(('family', 'method'), [
     pytest.param(family, method, marks=[
         pytest.mark.xdist_group(family),
-        *([] if k == i % 6 else [pytest.mark.slow])])
-    for i, family in enumerate(matrix.CONFIGS)
-    for k, method in enumerate([*matrix.STEPS, 'distill'])])
+        *([] if by_default(i, family, method) else [pytest.mark.slow])])
+    for i, family in enumerate(matrix.CONFIGS) for method in METHODS])
 def test_a_method_works_on_a_family(family, method):
   if method == 'distill':
     matrix.check_distill(family)
