@@ -188,14 +188,18 @@ class Checkpoints:
     barriers of Orbax, for ten minutes; so all hear of it here, and part.
     """
     while hosts.several() and self._manager is not None:
-      error = f'{type(self._errors[0]).__name__}: {self._errors[0]}' if self._errors else None
-      said = hosts.of_all([self._manager.is_saving_in_progress(), error])
-      failed = [f'host {k}: {error}' for k, (_, error) in enumerate(said) if error]
+      # Of this moment: as soon as hosts part, threads that wait for another one fail too.
+      own = min(self._errors, key=_waited, default=None)
+      error = f'{type(own).__name__}: {own}' if own else None
+      said = hosts.of_all([self._manager.is_saving_in_progress(), error, _waited(own)])
+      failed = [(waited, f'host {k}: {error}')
+                for k, (_, error, waited) in enumerate(said) if error]
       if failed:
         hosts.part()
-        raise self._errors[0] if self._errors else InputError(
-            f'{self.folder} cannot be written by {failed[0]}')
-      if not any(saving for saving, _ in said):
+        waited, first = min(failed)
+        raise own if own and _waited(own) == waited else InputError(
+            f'{self.folder} cannot be written by {first}')
+      if not any(saving for saving, *_ in said):
         return
       time.sleep(.1)
 
@@ -220,11 +224,13 @@ class Checkpoints:
       self._discard()
       self._remove(_UNFINISHED)
       self._at = max(self._steps(), default=-1)
+      if isinstance(e, InputError):                    # told already
+        raise
       if files.no_space(e):
         raise files.full(self.folder) from e
       if isinstance(e, OSError):
-        raise InputError(f'{self.folder} cannot be written: {e.strerror}; name a place that can'
-                         ) from e
+        said = e.strerror or f'{type(e).__name__}: {e}'
+        raise InputError(f'{self.folder} cannot be written: {said}; name a place that can') from e
       raise
 
 
@@ -318,6 +324,11 @@ def read_card(folder):
     return stored.unseal(path)
   except stored.Damaged as e:
     raise InputError(f'{folder} is damaged: {e}; copy or make it again') from e
+
+
+def _waited(error):
+  """Whether an error is that of having waited for what failed elsewhere."""
+  return isinstance(error, TimeoutError)
 
 
 def _card(folder):

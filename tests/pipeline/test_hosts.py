@@ -30,7 +30,7 @@ def start(tmp_path_factory):
     environment = dict(
         os.environ, JAX_COMPILATION_CACHE_DIR=str(folder / 'compiled'), JAX_PLATFORMS='cpu',
         XLA_FLAGS=QUICK, JAX_NUM_CPU_DEVICES='2',
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', TF_CPP_MIN_LOG_LEVEL='3')
     return [subprocess.Popen(
         [sys.executable, '-m', 'lean_jax', 'run', f'--config={SMALL}:{folder / "text.txt"}',
          f'--workdir={workdir}', '--config.phases.teacher.steps=20',

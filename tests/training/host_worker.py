@@ -43,9 +43,9 @@ def run(given):
   Args:
     given: workdir, steps, mesh; settings of `recipe.train`; and what befalls the run: `sleep`,
       seconds after each step; `die`, [host, step], or [host, step, N], once step N is
-      saved; `stop_at`, a step; `full_at`, the step whose save finds a full disk; `late`, [host,
-      seconds], whose compiler takes so much longer; `model`, where the finished one is saved by
-      all.
+      saved; `stop_at`, a step; `full_at`, the step whose save finds a full disk, on host 0; `late`,
+      [host, seconds], whose compiler takes so much longer; `model`, where the finished one is saved
+      by all.
   """
   given, at = dict(given), [0]
   workdir = given.pop('workdir')
@@ -61,7 +61,7 @@ def run(given):
         while not pathlib.Path(workdir, 'checkpoints', str(saved)).is_dir():
           time.sleep(.05)
       os.kill(os.getpid(), signal.SIGKILL)
-    if full_at == step:
+    if full_at == step and jax.process_index() == 0:
       ocp.StandardCheckpointHandler.finalize = full
     time.sleep(sleep or 0)
   mesh = meshes.make_mesh(**given.pop('mesh'))

@@ -39,12 +39,16 @@ def launch(cache, count, given, *, devices=None):
 
 
 def ended(processes, limit=LIMIT):
-  """[(exit code, what was printed)] of processes that end within some seconds."""
+  """[(exit code, what was printed)] of processes that end within some seconds.
+
+  But for what Gloo, which carries collectives between CPUs, prints of whom it is connected to.
+  """
   end, out = time.monotonic() + limit, []
   try:
     for p in processes:
       said = p.communicate(timeout=max(end - time.monotonic(), .1))
-      out.append((p.returncode, ''.join(said)))
+      lines = ''.join(said).splitlines(keepends=True)
+      out.append((p.returncode, ''.join(x for x in lines if not x.startswith('[Gloo]'))))
   finally:
     for p in processes:
       p.kill()
