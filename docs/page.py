@@ -40,5 +40,5 @@ def refusals(errors, names):
   alike = {}
   for error in errors:
     name = max((n for n in names if error.startswith(f'{n} ')), key=len, default='')
-    alike.setdefault(error.removeprefix(name), []).append(f'`{name}`')
-  return ''.join(f'- {", ".join(n for n in of if n != "``")}{rest}\n' for rest, of in alike.items())
+    alike.setdefault(error.removeprefix(name), []).append(name)
+  return ''.join(f'- {", ".join(f"`{n}`" for n in of if n)}{rest}\n' for rest, of in alike.items())

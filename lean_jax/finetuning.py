@@ -48,7 +48,7 @@ def run(arguments):
     InputError: OUT is there, or as of `lean.finetune`.
   """
   from lean_jax.adapters.peft import refusal
-  from lean_jax.api import training as api
+  from lean_jax.api.training import begin, follow
   from lean_jax.data.batches import Batches
   from lean_jax.files import occupied
   from lean_jax.report.progress import Bars, training
@@ -65,7 +65,7 @@ def run(arguments):
         template=_template(a.template))
     update(1, 1, f'{windows.examples:,} examples')
   with bars.bar(f'begin {a.method}') as update:
-    model = api.begin(model, a.method, adapter or None, a.seed)
+    model = begin(model, a.method, adapter or None, a.seed)
     update(1, 1)
   why = refusal(model.family, model.config, model.params)
   if why is not None and finetune.TUNINGS[a.method].attach is not None:
@@ -81,8 +81,8 @@ def run(arguments):
     def hook(step, metrics):
       show(step, metrics)
       last.update(step=step, metrics=metrics)
-    model = api.follow(model, windows, method=a.method, steps=steps, batch=batch, peak=a.peak,
-                       warmup=a.warmup, seed=a.seed, workdir=kept, hooks=(hook,), stop=stop)
+    model = follow(model, windows, method=a.method, steps=steps, batch=batch, peak=a.peak,
+                   warmup=a.warmup, seed=a.seed, workdir=kept, hooks=(hook,), stop=stop)
   if why is None:
     lean.save_adapter(model, out)
   else:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _DIGITS = 5                   # ternary digits in a byte: 3 ** 5 = 243 of 256
-# One program where no other is around it, instead of one for each operation.
-_at_once = functools.partial(jax.jit, inline=True)
+# Jitted below: one program where no other is around it, instead of one for each operation.
 
 
 def pack(codes, bits):
@@ -21,7 +20,7 @@ def pack(codes, bits):
   return codes if bits == 8 else _packed(codes, bits=bits)
 
 
-@functools.partial(_at_once, static_argnames='bits')
+@functools.partial(jax.jit, static_argnames='bits', inline=True)
 def _packed(codes, bits):
   each, size = unit(bits)
   codes = padded(codes, each).astype(jnp.uint8)
@@ -42,7 +41,7 @@ def unpack(values, bits, rows):
   return values if bits == 8 else _unpacked(values, bits=bits, rows=rows)
 
 
-@functools.partial(_at_once, static_argnames=('bits', 'rows'))
+@functools.partial(jax.jit, static_argnames=('bits', 'rows'), inline=True)
 def _unpacked(values, bits, rows):
   each, size = unit(bits)
   *batch, packed, O = values.shape
