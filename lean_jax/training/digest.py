@@ -17,7 +17,7 @@ import numpy as np
 from lean_jax.tree import named_arrays
 
 _CHUNK = 1 << 15                                       # elements; the temporaries stay in the cache
-_PIECE = 1 << 21                                       # of a thread
+_PIECE = 1 << 18                                       # of a thread
 _POSITION, _FIRST, _SECOND = (np.uint32(c) for c in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35))
 
 
@@ -29,7 +29,8 @@ def digest(tree):
   """
   arrays = named_arrays(tree)
   sums = {name: _device_sums(x) for name, x in arrays.items() if not _on_host(x)}   # begun
-  sums |= _host_sums({name: x for name, x in arrays.items() if name not in sums})
+  with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    sums |= {name: _host_sums(x, pool) for name, x in arrays.items() if name not in sums}
   sums = {name: sums[name] for name in arrays}
   return {name: '{:08x}{:08x}'.format(*map(int, pair))
           for name, pair in jax.device_get(sums).items()}
@@ -82,17 +83,12 @@ def _device_bits(x):
   return bits, position
 
 
-def _host_sums(arrays):
-  """{name: sums} of {name: array}, on all cores: NumPy lets go of Python's lock meanwhile."""
-  pieces = [(name, flat[start:start + _PIECE], start) for name, flat in
-            ((name, _host_bits(x)) for name, x in arrays.items())
-            for start in range(0, flat.size, _PIECE)]
-  work = lambda piece: (piece[0], _piece_sums(*piece[1:]))
-  sums = {name: np.zeros(2, np.uint32) for name in arrays}
-  with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-    for name, pair in (map if len(pieces) < 2 else pool.map)(work, pieces):
-      sums[name] += pair
-  return sums
+def _host_sums(x, pool):
+  """Sums of one array, on all cores: NumPy lets go of Python's lock meanwhile."""
+  bits = _host_bits(x)
+  work = lambda start: _piece_sums(bits[start:start + _PIECE], start)
+  found = (pool.map if bits.size > _PIECE else map)(work, range(0, bits.size, _PIECE))
+  return sum(found, np.zeros(2, np.uint32))
 
 
 def _host_bits(x):
@@ -106,7 +102,7 @@ def _host_bits(x):
 
 
 def _piece_sums(bits, first):
-  """The sums of bits at positions from `first`, an even one; `_sums` without temporaries."""
+  """The sums of bits at positions from `first`, an even one; `_device_sums` without temporaries."""
   wrap = lambda n: np.uint32(n & 0xFFFFFFFF)
   position = np.arange(min(_CHUNK, bits.size), dtype=np.uint32)
   times, odd = position * _POSITION, position | np.uint32(1)
