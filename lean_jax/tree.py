@@ -50,10 +50,7 @@ def transform(params, rules, *, stats=None, key=None):
   found = matched(params, rules)
   order = {n: k for k, n in enumerate(named_weights(params))}
 
-  def one(path, w):
-    here = name(path)
-    if not is_weight(w) or here not in found:
-      return w
+  def one(here, w):
     extra = {} if stats is None else dict(stats=stats[here])
     if key is not None:
       extra['key'] = jax.random.fold_in(key, order[here])
@@ -61,6 +58,25 @@ def transform(params, rules, *, stats=None, key=None):
       return found[here](w, **extra)
     except InputError as error:
       raise InputError(f'{here}: {error}') from error
+  return with_weights(params, {here: one(here, w) for here, w in named_weights(params).items()
+                           if here in found})
+
+
+def with_weights(params, new):
+  """The tree with other weights, {name: weight}, for those of these names.
+
+  Where the old weight scaled its product's bias, as one of IA3 does, and the new one does not, the
+  bias is the scaled one.
+  """
+  old = named_weights(params)
+  kernels = {f'{here.rpartition("/")[0]}/bias': here for here in new}
+
+  def one(path, x):
+    here = name(path)
+    if here not in kernels:
+      return new.get(here, x)
+    scaled = new[kernels[here]].bias(x) is not x
+    return x if scaled else old[kernels[here]].bias(x).astype(x.dtype)
   return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
 
 

@@ -16,6 +16,8 @@ def ia3(w, side):
 
   Liu et al. 2022 (arXiv:2205.05638), section 3.3.
 
+  Outputs are scaled with the product's bias, where there is one.
+
   Args:
     w: a weight of any kind.
     side: 'outputs' or 'inputs'.

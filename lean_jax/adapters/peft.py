@@ -119,7 +119,6 @@ def _written(family, config, params):
     raise InputError(f'PEFT files have adapters of one kind, LoRA, DoRA, VeRA or IA3, on a weight '
                      f'each; these are {", ".join(kinds)}, or adapters upon adapters')
   peft_parts.check_experts(family, config, adapted)
-  _check_biases(params, [path for path, w in adapted.items() if getattr(w, 'side', None) == 'o'])
   places = {}
   for path, w in adapted.items():
     for piece in pieces_of(family, config, path, w):
@@ -199,10 +198,6 @@ def load_peft(folder, family, config, params):
     raise InputError(f'{folder} has tensors of no weight of this {family.model_type}: '
                      f'{tensors.listed(odd) or "all of them"}; give the model that it was made for')
 
-  if form == 'IA3':
-    _check_biases(params, [path for path, here in own.items()
-                           if here[0][1].get('ia3_l', np.zeros(0)).shape[1:] == (1,)])
-
   def one(path, w):
     here = tree.name(path)
     if here not in own:
@@ -210,15 +205,6 @@ def load_peft(folder, family, config, params):
     whole = np.stack if 'n' in w.dims or 'e' in w.dims else lambda parts: parts[0]
     return _READERS[form](w, own[here], hf, whole, shared)
   return jax.tree_util.tree_map_with_path(one, params, is_leaf=tree.is_weight)
-
-
-def _check_biases(params, scaled):
-  """Raises InputError if a product whose outputs IA3 scales, of these names, has a bias."""
-  known = dict(leaves(params))
-  found = [path for path in scaled if path.rpartition('/')[0] + '/bias' in known]
-  if found:
-    raise InputError(f'IA3 scales the outputs of {found[0]}, which has a bias: PEFT scales it too, '
-                     'and lean_jax the product alone; use lora, or ia3 on inputs')
 
 
 def base_fingerprint(config, params):

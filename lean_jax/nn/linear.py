@@ -19,10 +19,11 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x):
     dims = dims_of(self.eqn)
-    y = weight(self, 'kernel', dims, self.shape, self.axes).einsum(self.eqn, x.astype(self.dtype))
+    w = weight(self, 'kernel', dims, self.shape, self.axes)
+    y = w.einsum(self.eqn, x.astype(self.dtype))
     if self.bias:
       kept = tuple(self.shape[k] for k in positions(dims, 'o'))
-      b = self.param('bias', nn.initializers.zeros, kept)
+      b = w.bias(self.param('bias', nn.initializers.zeros, kept))
       y = y + b.reshape((1,) * (y.ndim - len(kept)) + kept).astype(y.dtype)
     return y
 

@@ -98,7 +98,9 @@ class ExpertLinear(nn.Module):
   def __call__(self):
     E, zeros = self.options.experts, nn.initializers.zeros
     kernel = weight(self, 'kernel', 'eio', (E, *self.shape), ('experts', *self.axes))
-    return kernel, self.param('bias', zeros, (E, self.shape[1])) if self.options.bias else None
+    if not self.options.bias:
+      return kernel, None
+    return kernel, kernel.bias(self.param('bias', zeros, (E, self.shape[1])))
 
 
 def feed_forward(weights, x, sizes=None, *, options):

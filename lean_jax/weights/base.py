@@ -93,6 +93,10 @@ class Weight(meta.AxisMetadata):
     """
     return grouped_matmul.grouped_matmul(x, to_matrix(self.unbox(), self.dims), sizes)
 
+  def bias(self, b):
+    """What is added to the product where the model's bias is b [*n *e *o]; b itself, for most."""
+    return b
+
   def take(self, ids):
     """Rows `ids` of the dense value: an embedding's lookup. [*ids, ...]"""
     return jnp.take(self.unbox(), ids, axis=0)
@@ -126,6 +130,9 @@ class Wrapper(Weight):
   base: Weight
   dims = property(lambda self: self.base.dims)
   axes = property(lambda self: self.base.axes)
+
+  def bias(self, b):
+    return self.base.bias(b)
 
   def _replace_axes(self, dims, axes):
     return dataclasses.replace(self, base=self.base._replace_axes(dims, axes))

@@ -13,7 +13,7 @@ class Scaled(Adapter):
   """The base with each input, or each output, times a number of its own, l.
 
   Liu et al. 2022 (arXiv:2205.05638), section 3.3: the outputs of keys and values, and the inputs
-  of the feed-forward block's second product.
+  of the feed-forward block's second product. Keys and values include their biases.
   """
   base: Weight
   by: Any                                              # l, [*n *e *side], float32
@@ -33,6 +33,10 @@ class Scaled(Adapter):
     if self.side == 'i':
       return self.base.grouped(times_rows(x, self.by, sizes), sizes)
     return times_rows(self.base.grouped(x, sizes), self.by, sizes)
+
+  def bias(self, b):
+    b = self.base.bias(b)
+    return b if self.side == 'i' else b * self.by.astype(b.dtype)
 
   def names(self):
     at = sum((positions(self.dims, kind) for kind in f'ne{self.side}'), ())

@@ -248,6 +248,22 @@ def test_ia3_is_where_its_paper_has_it(tiny_model):
                    'layers/mlp/down/kernel': 'i'}
 
 
+def test_ia3_scales_biases_with_their_products(tiny_model):
+  config = dataclasses.replace(tiny_model.config, attention=AttentionOptions(bias=True))
+  params = jax.jit(config.module.init)(KEY, jnp.zeros((1, 4), jnp.int32))['params']
+  fresh = dataclasses.replace(tiny_model, config=config, params=params)
+  base = dataclasses.replace(fresh, params=jax.tree.map(                 # biases that are not 0
+      lambda x: x + .5 * (x == 0), fresh.params))
+  model = stirred(lean.attach(base, 'ia3'), .3)
+  attention = lambda m: m.params['layers']['attention']
+  merged = lean.merge(model)
+  by = attention(model)['v']['kernel'].by
+  np.testing.assert_allclose(attention(merged)['v']['bias'], attention(base)['v']['bias'] * by)
+  np.testing.assert_allclose(merged.logits(TOKENS), model.logits(TOKENS), atol=1e-4)
+  twice = stirred(lean.attach(model, 'ia3', where='layers/attention/v/kernel', side='outputs'), .3)
+  np.testing.assert_allclose(lean.merge(twice).logits(TOKENS), twice.logits(TOKENS), atol=1e-4)
+
+
 def test_bitfit_trains_biases_alone(tiny_model, tmp_path):
   path = tmp_path / 'text.txt'
   path.write_text(TEXT)

@@ -57,11 +57,12 @@ CASES = dict(
     some=('gpt2', dict(method='lora', where='layers/attention/(k|o)/kernel', rank=2, alpha=6.)),
     dora=('gpt2', dict(method='dora', where=QKV, rank=2, alpha=6.)),
     ia3=('phi3', dict(method='ia3', where=None)),
+    biased=('gpt2', dict(method='ia3', where=QKV, side='outputs')),
     interleaved=('gpt_neox', dict(method='lora', where=QKV, rank=2, alpha=6.)),
     phi3=('phi3', dict(method='lora', where='layers/.*', rank=2, alpha=6.)))
 
 
-@pytest.mark.parametrize('case', [pytest.param(k, marks=[] if k in ('lora', 'ia3') else [
+@pytest.mark.parametrize('case', [pytest.param(k, marks=[] if k in ('lora', 'biased') else [
     pytest.mark.slow]) for k in CASES])
 def test_what_we_save_of_a_fused_product_peft_loads_with_the_same_logits(folders, tmp_path, case):
   family, settings = CASES[case]
@@ -91,6 +92,8 @@ THEIRS = dict(
     dora=('gpt2', lambda: peft.LoraConfig(r=4, target_modules=['c_attn'], use_dora=True)),
     ia3=('phi3', lambda: peft.IA3Config(target_modules=['qkv_proj', 'down_proj'],
                                         feedforward_modules=['down_proj'])),
+    biased=('gpt2', lambda: peft.IA3Config(target_modules=['c_attn', 'mlp.c_proj'],
+                                           feedforward_modules=['mlp.c_proj'])),
     interleaved=('gpt_neox', lambda: peft.LoraConfig(r=4, target_modules=['query_key_value'])),
     phi3=('phi3', lambda: peft.LoraConfig(r=4, target_modules=['qkv_proj', 'gate_up_proj'])),
     experts=('mixtral', lambda: peft.LoraConfig(
@@ -105,8 +108,8 @@ THEIRS = dict(
         r=2, target_modules=[], target_parameters=['gate_up_proj', 'down_proj'])))
 
 
-@pytest.mark.parametrize('case', [pytest.param(k, marks=[] if k in ('lora', 'experts') else [
-    pytest.mark.slow]) for k in THEIRS])
+@pytest.mark.parametrize('case', [pytest.param(k, marks=[] if k in ('lora', 'biased', 'experts')
+                                               else [pytest.mark.slow]) for k in THEIRS])
 def test_what_peft_saves_of_the_whole_we_load_with_the_same_logits(folders, tmp_path, case):
   torch.manual_seed(0)
   family, config = THEIRS[case]
@@ -168,17 +171,6 @@ def test_parts_that_the_files_cannot_have_together_are_refused(folders, tmp_path
       ('.*/q/.*', lambda w: w.base if isinstance(w, Magnitude) else w)])
   with pytest.raises(lean.InputError, match='several kinds'):
     lean.save_adapter(dataclasses.replace(base, params=mixed), tmp_path / 'b')
-
-
-def test_scaled_outputs_with_a_bias_are_refused_which_peft_scales_too(folders, tmp_path):
-  base = lean.load(folders('gpt2'))
-  with pytest.raises(lean.InputError, match='attention/k/kernel, which has a bias'):
-    lean.save_adapter(lean.attach(base, 'ia3'), tmp_path / 'a')
-  model = peft.get_peft_model(theirs(folders('gpt2')), peft.IA3Config(
-      target_modules=['c_attn'], feedforward_modules=[]))
-  model.save_pretrained(tmp_path / 'b')
-  with pytest.raises(lean.InputError, match='which has a bias'):
-    lean.load_adapter(base, tmp_path / 'b')
 
 
 def test_tensors_of_the_whole_that_do_not_fit_are_refused(folders, tmp_path):
