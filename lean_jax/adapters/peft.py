@@ -381,13 +381,14 @@ def _vera_read(w, here, hf, whole, shared):
   del hf
   both, inputs, outputs = sides(w)
   I, O, r = math.prod(inputs), math.prod(outputs), len(shared['vera_A'])
+  rows, *_ = [x.pop('rows', np.arange(O)) for _, x in here]            # of the shared B
   _check_shapes(here, dict(vera_lambda_d=(r,), vera_lambda_b=(O,)))
-  if shared['vera_A'].shape[1] < I or shared['vera_B'].shape[0] < O:
+  if shared['vera_A'].shape[1] < I or len(shared['vera_B']) <= rows.max():
     raise InputError(f'{here[0][0]} is larger than the shared matrices of VeRA, '
                      f'{shared["vera_A"].shape} and {shared["vera_B"].shape}; give the model that '
                      'they were made for')
   a = jnp.asarray(shared['vera_A'][:, :I].T.reshape(*inputs, r), jnp.float32)
-  b = jnp.asarray(shared['vera_B'][:O].T.reshape(r, *outputs), jnp.float32)
+  b = jnp.asarray(shared['vera_B'][rows].T.reshape(r, *outputs), jnp.float32)
   each = lambda x: jnp.broadcast_to(x, both + x.shape)
   fit = lambda name, *shape: jnp.asarray(whole([x[name] for _, x in here]).reshape(shape),
                                          jnp.float32)

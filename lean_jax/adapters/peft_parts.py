@@ -102,10 +102,7 @@ def joined(module, parts):
       magnitude[piece.rows] = np.asarray(w.magnitude).reshape(-1)
     return dataclasses.replace(one, magnitude=magnitude, base=_low_rank(
         module, [(piece, w.base) for piece, w in parts]))
-  if isinstance(one, Scaled):
-    return _scaled(module, parts)
-  raise InputError(f'{module} is several weights here with {type(one).__name__} on each; PEFT '
-                   'files have one of the whole: attach lora')
+  return _scaled(module, parts) if isinstance(one, Scaled) else _vectors(module, parts)
 
 
 def _low_rank(module, parts):
@@ -140,20 +137,28 @@ def _scaled(module, parts):
   return dataclasses.replace(one, by=by)
 
 
-def own_tensors(piece, found):
-  """Of a module's tensors {what: array} what concerns a Piece.
+def _vectors(module, parts):
+  (first, one), *_ = parts
+  if any(not np.array_equal(w.d, one.d) or not np.array_equal(w.inner, one.inner)
+         for _, w in parts):
+    raise InputError(f'{module} is {first.parts} weights here with VeRA on each, and PEFT files '
+                     'have one d of the whole, where these differ; attach lora')
+  outer = np.zeros((one.d.shape[-1], first.outputs), np.float32)
+  b = np.zeros(first.outputs, np.float32)
+  for piece, w in parts:
+    outer[:, piece.rows] = np.asarray(w.outer).reshape(len(outer), -1)
+    b[piece.rows] = np.asarray(w.b).reshape(-1)
+  return dataclasses.replace(one, outer=outer, b=b)
 
-  Raises:
-    InputError: an adapter of the whole that is none of its parts.
-  """
+
+def own_tensors(piece, found):
+  """Of a module's tensors {what: array} what concerns a Piece; of VeRA's, 'rows' too."""
   if piece.rows is None or not found:
     return found
-  if 'vera_lambda_d' in found:
-    raise InputError(f'{piece.module} has VeRA of {piece.parts} weights of ours at once, which '
-                     'lean_jax does not compute; give an adapter without')
   rows = lambda x: x[piece.rows] if len(x) == piece.outputs else x     # else a check names it
-  split = ('lora_B.weight', 'lora_magnitude_vector')
-  return {name: rows(x) if name in split or (name == 'ia3_l' and x.shape[1:] == (1,)) else x
+  split = ('lora_B.weight', 'lora_magnitude_vector', 'vera_lambda_b')
+  of = dict(rows=piece.rows) if 'vera_lambda_b' in found else {}
+  return of | {name: rows(x) if name in split or (name == 'ia3_l' and x.shape[1:] == (1,)) else x
           for name, x in found.items()}
 
 

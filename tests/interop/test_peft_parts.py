@@ -94,6 +94,7 @@ THEIRS = dict(
                                         feedforward_modules=['down_proj'])),
     biased=('gpt2', lambda: peft.IA3Config(target_modules=['c_attn', 'mlp.c_proj'],
                                            feedforward_modules=['mlp.c_proj'])),
+    vera=('gpt2', lambda: peft.VeraConfig(r=4, target_modules=['c_attn', 'c_fc'])),
     interleaved=('gpt_neox', lambda: peft.LoraConfig(r=4, target_modules=['query_key_value'])),
     phi3=('phi3', lambda: peft.LoraConfig(r=4, target_modules=['qkv_proj', 'gate_up_proj'])),
     experts=('mixtral', lambda: peft.LoraConfig(
@@ -108,8 +109,8 @@ THEIRS = dict(
         r=2, target_modules=[], target_parameters=['gate_up_proj', 'down_proj'])))
 
 
-@pytest.mark.parametrize('case', [pytest.param(k, marks=[] if k in ('lora', 'biased', 'experts')
-                                               else [pytest.mark.slow]) for k in THEIRS])
+@pytest.mark.parametrize('case', [pytest.param(k, marks=[] if k in (
+    'lora', 'biased', 'vera', 'experts') else [pytest.mark.slow]) for k in THEIRS])
 def test_what_peft_saves_of_the_whole_we_load_with_the_same_logits(folders, tmp_path, case):
   torch.manual_seed(0)
   family, config = THEIRS[case]
@@ -121,7 +122,10 @@ def test_what_peft_saves_of_the_whole_we_load_with_the_same_logits(folders, tmp_
   model.save_pretrained(tmp_path)
   want, base = logits(model), lean.load(folders(family))
   assert np.abs(want - np.asarray(base.logits(rounding.IDS))).max() > .02 * np.abs(want).max()
-  close(np.asarray(lean.load_adapter(base, tmp_path).logits(rounding.IDS)), want)
+  loaded = lean.load_adapter(base, tmp_path)
+  close(np.asarray(loaded.logits(rounding.IDS)), want)
+  if case in ('vera', 'biased'):
+    check_saved(folders(family), base, loaded, tmp_path / 'again')
 
 
 @pytest.mark.parametrize('family', ['mixtral', pytest.param('qwen3_moe', marks=pytest.mark.slow)])
@@ -157,8 +161,8 @@ def test_parts_that_the_files_cannot_have_together_are_refused(folders, tmp_path
   save = lambda model: lean.save_adapter(model, tmp_path / 'a')
   with pytest.raises(lean.InputError, match=r'c_attn is 3 weights here, and 1 of them'):
     save(lean.attach(base, 'dora', where='layers/attention/q/kernel', **LORA))
-  with pytest.raises(lean.InputError, match='c_attn is several weights here with Vectors'):
-    save(lean.attach(base, 'vera', where=QKV, rank=2))
+  with pytest.raises(lean.InputError, match='one d of the whole, where these differ'):
+    save(attached(base, 'vera', QKV, rank=2))
   with pytest.raises(lean.InputError, match='other dropouts each'):
     save(lean.attach(base, 'lora', where=QKV, rules=[('.*/q/.*', dict(dropout=.1))], **LORA))
   inputs = lean.attach(base, 'ia3', where=QKV, side='inputs')
