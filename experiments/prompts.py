@@ -49,7 +49,7 @@ SENTIMENT = dict(lora=dict(rank=8, alpha=16., where='layers/attention/(q|v)/kern
                  houlsby=dict(rank=16), pfeiffer=dict(rank=16), p_tuning_v2=dict(tokens=16))
 RESTAURANTS = dict(houlsby=dict(rank=4), pfeiffer=dict(rank=8), prefix=dict(tokens=16))
 HEAD = '(classifier|transform)/.*'
-RATES = dict(full=1e-4, head=1e-3)                   # of the encoder; adapters have their usual
+RATES = dict(full=1e-4, head=1e-3, lora=2e-3)        # of the encoder; others have their usual
 SMALL = dict(full=3e-3)                              # of the decoder
 
 
@@ -93,7 +93,8 @@ def sentiment(encoder, train, dev, seed, *, steps, batch=16):
              head=dict(accuracy=tuned(start, RATES['head'], trainable=HEAD)))
   for method, settings in SENTIMENT.items():
     adapted = lean.attach(start, method, seed=seed, **settings)
-    out[method] = dict(accuracy=tuned(adapted, TUNINGS[method].peak), share=share(adapted))
+    peak = RATES.get(method, TUNINGS[method].peak)
+    out[method] = dict(accuracy=tuned(adapted, peak), share=share(adapted))
   return {f'sst2 {name}': figures for name, figures in out.items()}
 
 
