@@ -43,9 +43,9 @@ def run(given):
   Args:
     given: workdir, steps, mesh; settings of `recipe.train`; and what befalls the run: `sleep`,
       seconds after each step; `die`, [host, step], or [host, step, N], once step N is
-      saved; `stop_at`, a step; `full_at`, the step whose save finds a full disk, on host 0; `late`,
-      [host, seconds], whose compiler takes so much longer; `model`, where the finished one is saved
-      by all.
+      saved; `stop_at`, a step; `full_at`, [step, N], the step whose save finds a full disk, on host
+      0, once step N is saved; `late`, [host, seconds], whose compiler takes so much longer;
+      `model`, where the finished one is saved by all.
   """
   given, at = dict(given), [0]
   workdir = given.pop('workdir')
@@ -54,14 +54,18 @@ def run(given):
   if late and late[0] == jax.process_index():
     loop._gradient = delayed(loop._gradient, late[1])
 
+  def await_saved(*steps):
+    for saved in steps:
+      while not pathlib.Path(workdir, 'checkpoints', str(saved)).is_dir():
+        time.sleep(.05)
+
   def hook(step, metrics):
     at[0] = step
     if die and die[:2] == [jax.process_index(), step]:
-      for saved in die[2:]:
-        while not pathlib.Path(workdir, 'checkpoints', str(saved)).is_dir():
-          time.sleep(.05)
+      await_saved(*die[2:])
       os.kill(os.getpid(), signal.SIGKILL)
-    if full_at == step and jax.process_index() == 0:
+    if full_at and full_at[0] == step and jax.process_index() == 0:
+      await_saved(full_at[1])
       ocp.StandardCheckpointHandler.finalize = full
     time.sleep(sleep or 0)
   mesh = meshes.make_mesh(**given.pop('mesh'))

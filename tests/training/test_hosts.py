@@ -234,7 +234,7 @@ def test_all_hosts_pass_over_what_is_damaged(damage, cache, uninterrupted, tmp_p
 def test_a_full_disk_ends_all_hosts_and_the_checkpoint_before_stays(cache, uninterrupted, tmp_path):
   given, wanted = uninterrupted
   given = dict(given, workdir=str(tmp_path))
-  found = ended(launch(cache, 2, given | dict(full_at=10)))
+  found = ended(launch(cache, 2, given | dict(full_at=[10, 8])))
   assert [code for code, _ in found] == [2, 2], found
   assert 'no space left on the disk' in found[0][1]
   assert 'cannot be written by host 0: OSError' in found[1][1]
