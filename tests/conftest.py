@@ -13,12 +13,30 @@ import pytest  # noqa: E402
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+PASSED = 'lean_jax/passed'       # in pytest's cache: the tests that passed in the last run
+
+
+def pytest_addoption(parser):
+  parser.addoption('--unpassed', action='store_true',
+                   help='only tests that did not pass in the last run: skipped ones, say')
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
   """A file's tests run in one process, which then compiles once what they share."""
+  done = set(config.cache.get(PASSED, ())) if config.getoption('unpassed') else ()
+  config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+  items[:] = [item for item in items if item.nodeid not in done]
   for item in items:
     if item.get_closest_marker('xdist_group') is None:
       item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  """Remembers what passed, for `--unpassed`."""
+  if hasattr(config, 'cache'):                         # or it is switched off
+    passed = terminalreporter.stats.get('passed', ())
+    config.cache.set(PASSED, [r.nodeid.rsplit('@', 1)[0] for r in passed])   # without its group
 
 
 @pytest.fixture(autouse=True, scope='module')
