@@ -68,7 +68,7 @@ def distill(teacher: Model | Sequence[Model] | None, data, *, student: Model | N
       `distillation.on_policy`.
     teacher_mesh: of `training.mesh.make_mesh`, of other devices than `mesh` is: the teacher works
       on them, a batch ahead, and the losses are on its `top_k` most probable tokens and the rest,
-      as those of a cache: see `distillation.elsewhere`.
+      as those of a cache: see `distillation.elsewhere`, also of several hosts.
     settings: of `train`.
 
   Raises:

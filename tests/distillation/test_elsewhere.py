@@ -8,9 +8,9 @@ import pytest
 import lean_jax as lean
 from lean_jax.data.batches import Batches
 from lean_jax.data.windows import Windows
-from lean_jax.distillation.elsewhere import Elsewhere
+from lean_jax.distillation.elsewhere import Elsewhere, _rows
 from lean_jax.errors import InputError
-from lean_jax.training.mesh import make_mesh
+from lean_jax.training.mesh import batch_sharding, make_mesh
 
 T, N = 12, 16
 
@@ -54,7 +54,7 @@ def test_labels_are_made_on_the_teachers_devices_a_batch_ahead(tiny_model, text,
   first = batches[0]
   assert first['label_ids'].shape == (4, T, 3) and first['label_log_probs'].shape == (4, T, 4)
   assert list(batches._begun) == [0, 1]
-  for labels in batches._begun[1][1]:
+  for labels in batches._begun[1]:
     assert labels.devices() <= set(meshes[1].devices.flat)
   log_p = jax.nn.log_softmax(np.asarray(tiny_model.logits(first['tokens']), np.float32))[:, :-1]
   np.testing.assert_allclose(np.exp(first['label_log_probs']).sum(-1), 1, rtol=1e-5)
@@ -63,6 +63,25 @@ def test_labels_are_made_on_the_teachers_devices_a_batch_ahead(tiny_model, text,
   later = batches[5]
   again = place.labelled(Batches(text, 4, 0), tiny_model)[5]
   jax.tree.map(np.testing.assert_array_equal, later, again)
+  some = batches.part(5, np.array([3, 1]))
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[[3, 1]]), some, later)
+
+
+class OfHost(list):
+  """Rows of an array of several hosts, of which this one has some of the shards."""
+
+  def __init__(self, x, shards):
+    super().__init__(x)
+    self.addressable_shards = shards
+
+
+def test_rows_of_another_hosts_teacher_are_named(meshes):
+  x = np.arange(8.).reshape(4, 2)
+  shards = jax.device_put(x, batch_sharding(meshes[0])).addressable_shards
+  ours = OfHost(x, [s for s in shards if s.index[0].start in (0, 2)])
+  np.testing.assert_array_equal(_rows(ours, np.array([2, 0])), x[[2, 0]])
+  with pytest.raises(InputError, match='row 1 of a batch.*of another host'):
+    _rows(ours, np.array([0, 1]))
 
 
 def test_what_it_cannot_do_is_said(tiny_model, text, meshes):

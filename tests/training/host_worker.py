@@ -14,10 +14,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lean_jax.api import Model
 from lean_jax.data.batches import Batches
 from lean_jax.data.windows import Windows
+from lean_jax.distillation.elsewhere import Elsewhere
 from lean_jax.errors import LeanError, Preempted
 from lean_jax.models.decoder import DecoderConfig
+from lean_jax.models.families import FAMILIES
 from lean_jax.training import hosts, loop, recipe
 from lean_jax.training import mesh as meshes
 from lean_jax.training.checkpoint import save_model
@@ -45,12 +48,13 @@ def run(given):
       seconds after each step; `die`, [host, step], or [host, step, N], once step N is
       saved; `stop_at`, a step; `full_at`, [step, N], the step whose save finds a full disk, on host
       0, once step N is saved; `late`, [host, seconds], whose compiler takes so much longer;
-      `model`, where the finished one is saved by all.
+      `model`, where the finished one is saved by all; `apart`, the mesh of a teacher on half of
+      each host's devices, whose labels are of the whole vocabulary.
   """
   given, at = dict(given), [0]
   workdir = given.pop('workdir')
-  sleep, die, stop_at, full_at, late, model = (given.pop(k, None) for k in (
-      'sleep', 'die', 'stop_at', 'full_at', 'late', 'model'))
+  sleep, die, stop_at, full_at, late, model, apart = (given.pop(k, None) for k in (
+      'sleep', 'die', 'stop_at', 'full_at', 'late', 'model', 'apart'))
   if late and late[0] == jax.process_index():
     loop._gradient = delayed(loop._gradient, late[1])
 
@@ -68,10 +72,16 @@ def run(given):
       await_saved(full_at[1])
       ocp.StandardCheckpointHandler.finalize = full
     time.sleep(sleep or 0)
-  mesh = meshes.make_mesh(**given.pop('mesh'))
+  batches, known = Batches(windows(), given.pop('batch', 8), 0), initial(TEACHER, 1)
+  taught, devices = dict(teacher=(TEACHER.module, known)), None
+  if apart:
+    devices, others = (jax.devices()[side::2] for side in (0, 1))
+    teacher = Model(FAMILIES['llama'], TEACHER, known, None)
+    place = Elsewhere(teacher, meshes.make_mesh(**apart, devices=others), TEACHER.vocabulary)
+    batches, taught = place.labelled(batches, STUDENT.module), dict(cached=True)
+  mesh = meshes.make_mesh(**given.pop('mesh'), devices=devices)
   params, _ = recipe.train(
-      STUDENT.module, initial(STUDENT, 0), Batches(windows(), given.pop('batch', 8), 0),
-      peak=1e-2, teacher=(TEACHER.module, initial(TEACHER, 1)), mesh=mesh, log_every=1,
+      STUDENT.module, initial(STUDENT, 0), batches, peak=1e-2, **taught, mesh=mesh, log_every=1,
       folder=workdir, hooks=(hook,), stop=lambda: at[0] + 1 == stop_at, **given)
   if model:
     save_model(model, params, {})

@@ -110,6 +110,15 @@ def test_four_hosts_compute_what_one_does(cache, alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_teacher_on_devices_of_its_own_of_each_host_teaches_the_same(cache, alone, tmp_path):
+  given = dict(workdir=str(tmp_path), steps=6, mesh=dict(data=2, fsdp=2))
+  finished(launch(cache, 2, given | dict(apart=dict(fsdp=2, tensor=2))))
+  same(tmp_path, alone)
+  found = ended(launch(cache, 2, given | dict(workdir=str(tmp_path / 'b'), apart=dict(tensor=2))))
+  assert all('no device of host 1' in said for _, said in found), found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('whose', [0, 1])
 def test_hosts_wait_for_the_slowest_compiler(whose, cache, alone, tmp_path):
   """Longer than the half minute that collectives of CPUs wait for each other."""
