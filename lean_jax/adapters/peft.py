@@ -71,8 +71,8 @@ def save_peft(folder, family, config, params, *, overwrite=False):
   if form == 'PROMPT':
     settings, arrays = peft_prompts.written(config, places)
   else:
-    modules = _modules(params, places)
-    settings, arrays = _WRITERS[form](modules)
+    fused, modules = peft_parts.fused_experts(family, config, _modules(params, places))
+    settings, arrays = _lora(modules, fused) if fused else _WRITERS[form](modules)
     named = _named(modules, _all_modules(family, config, params))
     settings = dict(target_modules=named(modules)) | settings
     if form == 'IA3':
@@ -118,7 +118,6 @@ def _written(family, config, params):
     kinds = sorted({type(w).__name__ for w in adapted.values()})
     raise InputError(f'PEFT files have adapters of one kind, LoRA, DoRA, VeRA or IA3, on a weight '
                      f'each; these are {", ".join(kinds)}, or adapters upon adapters')
-  peft_parts.check_experts(family, config, adapted)
   places = {}
   for path, w in adapted.items():
     for piece in pieces_of(family, config, path, w):
@@ -257,23 +256,21 @@ def _matrix(x, *shape):
   return np.asarray(x).reshape(shape)
 
 
-def _lora(modules):
-  """The settings and the tensors of LoRA and DoRA."""
+def _lora(modules, fused=()):
+  """The settings and the tensors of LoRA and DoRA; `fused` are `peft_parts.Fused`."""
   dora = {isinstance(w, Magnitude) for w in modules.values()}
   if len(dora) > 1:
     raise InputError('PEFT files are of LoRA or of DoRA, and these adapters are of both')
   low = {m: w.base if isinstance(w, Magnitude) else w for m, w in modules.items()}
   how = {m: (w.a.shape[-1], w.scale * w.a.shape[-1]) for m, w in low.items()}
-  drops = {w.dropout for w in low.values()}
+  how |= {f'{w.module}.{w.parameter}': (w.rank, w.scale * w.rank) for w in fused}
+  drops = {0.} if fused else {w.dropout for w in low.values()}
   if len(drops) > 1:
     raise InputError(f'PEFT files have one dropout for all weights, and these have {sorted(drops)}')
-  experts = {m: how[m] for m, w in low.items() if 'e' in w.base.dims}
-  (rank, alpha), _ = Counter((experts or how).values()).most_common(1)[0]
-  if experts:
-    drops = {0.}
+  (rank, alpha), _ = Counter(how.values()).most_common(1)[0]
   whole = lambda x: int(x) if x == int(x) else x
   settings = dict(
-      r=rank, lora_alpha=whole(alpha), lora_dropout=drops.pop(), use_dora=dora.pop(),
+      r=rank, lora_alpha=whole(alpha), lora_dropout=drops.pop(), use_dora=True in dora,
       use_rslora=False, bias='none', fan_in_fan_out=False, init_lora_weights=True,
       rank_pattern={m: r for m, (r, _) in how.items() if r != rank},
       alpha_pattern={m: whole(a) for m, (_, a) in how.items() if a != alpha})
@@ -286,6 +283,11 @@ def _lora(modules):
     out |= {f'{_PREFIX}{m}.lora_{name}': x for name, x in pair}
     if modules[m] is not w:
       out[f'{_PREFIX}{m}.lora_magnitude_vector'] = _matrix(modules[m].magnitude, -1)
+  for w in fused:
+    m = f'{w.module}.base_layer' if w.inner else w.module
+    out |= {f'{_PREFIX}{m}.lora_A.weight': w.a, f'{_PREFIX}{m}.lora_B.weight': w.b}
+  if fused:
+    settings['target_parameters'] = [f'{w.module}.{w.parameter}' for w in fused]
   return settings, out
 
 

@@ -16,8 +16,8 @@ from lean_jax.interop.names import pieces, place
 from lean_jax.models.segments import taken
 from lean_jax.weights import LowRank, Magnitude, Scaled
 
-# Whose adapters of single experts PEFT brings to the fused ones of transformers 5.
-CONVERTED = ('mixtral', 'qwen3_moe')
+# The parameters that transformers 5 has of all experts: which of ours each one is.
+PARAMETERS = dict(gate_up_proj=('gate', 'up'), down_proj=('down',))
 
 
 class Piece(NamedTuple):
@@ -70,7 +70,11 @@ def adapter_of(w, at):
   """The adapter w of one layer, where it stands along the layers, and of one expert."""
   if at and 'n' in w.dims:
     w, at = taken(w, at[0]), at[1:]
-  return dataclasses.replace(w, a=w.a[at[0]], b=w.b[at[0]]) if at else w
+  if not at:
+    return w
+  if not isinstance(w, LowRank):
+    raise InputError(f'PEFT has LoRA of experts alone, and these have {type(w).__name__}')
+  return dataclasses.replace(w, a=w.a[at[0]], b=w.b[at[0]])
 
 
 def joined(module, parts):
@@ -162,42 +166,74 @@ def own_tensors(piece, found):
           for name, x in found.items()}
 
 
-def check_experts(family, config, adapted):
-  """Raises InputError for adapters of experts that PEFT cannot load.
+class Fused(NamedTuple):
+  """LoRA of all experts of a layer: of one parameter of the module that has them.
 
-  transformers 5 has all experts in two tensors, gate and up in one; PEFT 0.21 brings adapters of
-  single experts to these, of some families, where gate and up have the same rank and scale, and no
-  other module the last name of theirs.
+  Attributes:
+    module: its name.
+    parameter: 'gate_up_proj' or 'down_proj'.
+    inner: whether it is the first of two, whose tensors PEFT names after a base_layer.
+    a, b: [E*R I] and [O R*E], the expert first in one and last in the other.
+    rank: R.
+    scale: of b @ a.
+  """
+  module: str
+  parameter: str
+  inner: bool
+  a: np.ndarray
+  b: np.ndarray
+  rank: int
+  scale: float
+
+
+def fused_experts(family, config, modules):
+  """The adapters of single experts as ones of the parameters that transformers 5 has of all.
 
   Args:
-    adapted: {path: weight with an adapter}.
+    family, config: of the model.
+    modules: {module: its adapter}.
+
+  Returns:
+    [Fused], and the modules that are no experts.
   """
-  experts = {path: w for path, w in adapted.items() if 'e' in w.dims}
-  if not experts:
-    return
-  kind = family.model_type
-  if kind not in CONVERTED:
-    raise InputError(f'{next(iter(experts))} is of several experts, and PEFT reads adapters of '
-                     f'such of {", ".join(CONVERTED)} alone, not of a {kind}')
-  other = sorted({type(w).__name__ for w in experts.values() if type(w) is not LowRank})
-  if other:
-    raise InputError(f'PEFT has LoRA of experts alone, and these have {", ".join(other)}')
-  of = lambda path, what: what in path.split('/')
-  for path in experts:
-    for one, two in (('gate', 'up'), ('up', 'gate')):
-      if of(path, one) and path.replace(f'/{one}/', f'/{two}/') not in experts:
-        raise InputError(f'{path} has an adapter and {two} of the same experts none, which PEFT '
-                         'has in one tensor; attach both')
-  sizes = {(w.a.shape[-1], w.scale) for w in experts.values()}
-  if len(sizes) > 1:
-    raise InputError('experts have adapters of several ranks or scales, and PEFT has one for all '
-                     'of them; attach them with one')
-  last = lambda path, w: {p.module.rpartition('.')[2] for p in pieces_of(family, config, path, w)}
-  names = set().union(*(last(path, w) for path, w in experts.items()))
-  for path, w in adapted.items():
-    if path not in experts and (both := last(path, w) & names):
-      raise InputError(f'{path} has an adapter and the name {min(both)}, by which PEFT takes it '
-                       'for an expert; leave one of them out')
+  names, start = _experts(family, config)
+  found, rest = {}, {}
+  for module, w in modules.items():
+    for what, name in names.items():
+      if at := re.fullmatch(re.escape(name).replace(r'\{layer\}', r'(\d+)').replace(
+          r'\{expert\}', r'(\d+)'), module):
+        found.setdefault(at[1], {}).setdefault(int(at[2]), {})[what] = w
+        break
+    else:
+      rest[module] = w
+  out = []
+  for layer, experts in found.items():
+    module = start.format(layer=layer)
+    kinds = {k: own for k, own in PARAMETERS.items() if set(own) & set(experts[0])}
+    for parameter, own in kinds.items():
+      each = [_joined_expert(f'{module}.{k}', own, experts[k]) for k in sorted(experts)]
+      R = each[0].a.shape[1]
+      out.append(Fused(module, parameter, len(kinds) == 2 and parameter == 'gate_up_proj',
+                       np.concatenate([w.a.T for w in each]),
+                       np.stack([w.b.T for w in each], -1).reshape(-1, R * len(each)), R,
+                       each[0].scale))
+  return out, rest
+
+
+def _joined_expert(module, names, found):
+  """One LowRank, a [I R] and b [R O], of an expert's weights of these names, side by side."""
+  size = next(found[name] for name in names if name in found).base.shape[-1]
+  rows = np.arange(len(names) * size).reshape(len(names), size)
+  return _low_rank(module, [(Piece(module, (), own, rows.size, len(names)), found[name])
+                            for name, own in zip(names, rows) if name in found])
+
+
+def _experts(family, config):
+  """{gate, up, down: the module of an expert}, and the module that has all of them, of a layer."""
+  names = {key.split('/')[-2]: stored.name.removesuffix('.weight')
+           for key, stored in family.names(config).items() if '{expert}' in stored.name}
+  start = names['gate'].split('.{expert}')[0] if names else ''
+  return names, start.replace('block_sparse_moe', 'mlp')
 
 
 def single_experts(family, config, hf, found):
@@ -218,12 +254,10 @@ def single_experts(family, config, hf, found):
   if odd:
     raise InputError(f'adapter_config.json has target_parameters {", ".join(odd)}; lean_jax reads '
                      'those of experts, gate_up_proj and down_proj, and not of their router')
-  names = {key.split('/')[-2]: stored.name.removesuffix('.weight')
-           for key, stored in family.names(config).items() if '{expert}' in stored.name}
+  names, start = _experts(family, config)
   if not given or not names:
     return hf, found
   found, ranks, alphas, E = dict(found), {}, {}, config.moe.experts
-  start = names['gate'].split('.{expert}')[0].replace('block_sparse_moe', 'mlp')
   for module in {n.split('.lora_A')[0].removesuffix('.base_layer') for n in found
                  if re.search(r'\.experts(\.base_layer)?\.lora_A\.weight$', n)}:
     layer = re.search(r'\.(\d+)\.', module)[1]
@@ -239,7 +273,7 @@ def single_experts(family, config, hf, found):
         raise InputError(f'the tensors of {where} do not fit: {a.shape} and {b.shape} for {E} '
                          'experts; give the model that the adapter was made for')
       a, b = a.reshape(E, R, -1), b.reshape(len(b), R, E)
-      ours = ('down',) if parameter == 'down_proj' else ('gate', 'up')
+      ours = PARAMETERS[parameter]
       for name, own in zip(ours, np.split(b, len(ours))):
         for e in range(E):
           single = names[name].format(layer=layer, expert=e)
