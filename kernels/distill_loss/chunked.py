@@ -36,8 +36,10 @@ def gradients(plan, budget, wanted, mix, hs, ws, ht, wt, labels, weights):
 
 
 def chunk(T, V, budget, dtype=jnp.float32):
-  """Tokens of a chunk of T, whose logits [C V] take up to `budget` bytes; at least 16 of them."""
-  most = max(16, budget // (V * wide(dtype).itemsize))
+  """Tokens of a chunk of T, whose logits [C V] take up to `budget` bytes; at least 48 of them: every
+  chunk reads both heads, and reads and writes the gradient of one.
+  """
+  most = max(48, budget // (V * wide(dtype).itemsize))
   n = -(-T // most)
   return -(-T // n) if n == 1 else -(-T // (8 * n)) * 8                # a TPU's tiles have 8 rows
 

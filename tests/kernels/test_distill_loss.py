@@ -273,6 +273,7 @@ def test_temporaries_are_an_eighth_of_the_plain_forms():
 def test_a_chunk_is_as_many_tokens_as_its_logits_may_take_and_none_is_much_shorter():
   assert chunk(512, 32768, BUDGETS['cpu']) == 48
   assert chunk(2048, 128 * 1024, BUDGETS['rest']) == 256
+  assert chunk(2048, 128 * 1024, BUDGETS['cpu']) == 48
   assert chunk(100, 64, BUDGETS['cpu']) == 100
   for T in (1, 17, 513, 4097):
     C = chunk(T, 32768, BUDGETS['cpu'])
