@@ -36,8 +36,9 @@ def gradients(plan, budget, wanted, mix, hs, ws, ht, wt, labels, weights):
 
 
 def chunk(T, V, budget, dtype=jnp.float32):
-  """Tokens of a chunk of T, whose logits [C V] take up to `budget` bytes; at least 48 of them: every
-  chunk reads both heads, and reads and writes the gradient of one.
+  """Tokens of a chunk of T, whose logits [C V] take up to `budget` bytes; at least 48 of them.
+
+  Every chunk reads both heads, and reads and writes the gradient of one.
   """
   most = max(48, budget // (V * wide(dtype).itemsize))
   n = -(-T // most)
