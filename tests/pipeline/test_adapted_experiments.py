@@ -20,10 +20,10 @@ FIGURES = {
         lora=dict(perplexity=4.9, parameters=99),
         qlora=dict(perplexity=5., parameters=99, left=.02)),
     prompts: {
-        'parameters': dict(share=.04), 'sst2 full': dict(accuracy=.85, near=.82),
+        'parameters': prompts.SHARES, 'sst2 full': dict(accuracy=.85, near=.82),
         'sst2 head': dict(accuracy=.8), 'e2e frozen': dict(nats=3.),
         'e2e full': dict(nats=1., gained=1., near=.9),
-        **{f'sst2 {name}': dict(accuracy=.84, share=.01) for name in prompts.SENTIMENT},
+        **{f'sst2 {name}': dict(accuracy=.84, share=.009) for name in prompts.SENTIMENT},
         **{f'e2e {name}': dict(nats=1.1, gained=.95, share=.02) for name in prompts.RESTAURANTS}}}
 
 
@@ -33,7 +33,8 @@ FIGURES = {
     (adapters, 'qlora', 'perplexity', float('nan'), 1), (adapters, 'qlora', 'left', .3, 1),
     (prompts, 'sst2 pfeiffer', 'accuracy', .84, 0), (prompts, 'sst2 houlsby', 'accuracy', .79, 1),
     (prompts, 'sst2 p_tuning_v2', 'accuracy', .6, 2), (prompts, 'e2e prefix', 'nats', 9.5, 1),
-    (prompts, 'e2e pfeiffer', 'gained', .8, 1), (prompts, 'sst2 houlsby', 'share', .2, 1)])
+    (prompts, 'e2e pfeiffer', 'gained', .8, 1), (prompts, 'sst2 houlsby', 'share', .2, 1),
+    (prompts, 'sst2 lora', 'share', .012, 1)])
 def test_a_claim_holds_or_fails_by_the_mean(experiment, variant, figure, value, fails, capsys):
   found = [FIGURES[experiment], copy.deepcopy(FIGURES[experiment])]
   found[1][variant][figure] = value
@@ -116,7 +117,7 @@ def test_experiments_train_every_variant(wide, tmp_path):
                         num_attention_heads=2, intermediate_size=64, max_position_embeddings=32)
   rows = [dict(text=text, label=label) for text, label in (
       ('the fox', 'positive'), ('the dog', 'negative'))] * 8
-  found = {'parameters': {'share': prompts.SHARE},
+  found = {'parameters': prompts.SHARES,
            **prompts.told_of(wide, windows, windows, 0, steps=2, batch=2),
            **prompts.sentiment(encoder, rows, rows, 0, steps=2, batch=4)}
   for claim in prompts.claims():
