@@ -102,8 +102,11 @@ class TaughtBatches(Labelled):
 
 def _rows(x, numbers):
   """Rows of an array of which this host's devices have them."""
-  have = {row: data for shard in x.addressable_shards for row, data in zip(
-      range(*shard.index[0].indices(len(x))), np.asarray(shard.data))}
+  have = {}
+  for shard in x.addressable_shards:
+    own = range(*shard.index[0].indices(len(x)))
+    if own.start not in have:                          # or another device has the same rows
+      have |= zip(own, np.asarray(shard.data))
   missing = [k for k in numbers.tolist() if k not in have]
   if missing:
     raise InputError(f"host {jax.process_index()} learns from row {missing[0]} of a batch, which "
