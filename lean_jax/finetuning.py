@@ -47,7 +47,6 @@ def run(arguments):
   Raises:
     InputError: OUT is there, or as of `lean.finetune`.
   """
-  from lean_jax.adapters.peft import refusal
   from lean_jax.api.training import begin, follow
   from lean_jax.data.batches import Batches
   from lean_jax.files import occupied
@@ -67,9 +66,7 @@ def run(arguments):
   with bars.bar(f'begin {a.method}') as update:
     model = begin(model, a.method, adapter or None, a.seed)
     update(1, 1)
-  why = refusal(model.family, model.config, model.params)
-  if why is not None and finetune.TUNINGS[a.method].attach is not None:
-    bars.line('no file of PEFT', f'{why}; {out} will be a whole model')
+  whole = _whole(model, a, bars)
   batch = min(a.batch, len(windows))
   steps = a.steps or finetune.steps_of(windows, batch, a.epochs)
   kept, last = out.with_name(f'.{out.name}.training'), {}
@@ -83,19 +80,29 @@ def run(arguments):
       last.update(step=step, metrics=metrics)
     model = follow(model, windows, method=a.method, steps=steps, batch=batch, peak=a.peak,
                    warmup=a.warmup, seed=a.seed, workdir=kept, hooks=(hook,), stop=stop)
-  if why is None:
-    lean.save_adapter(model, out)
-  else:
+  if whole := whole or _whole(model, a, bars):         # trained apart, parts may fit no file
     lean.save(model, out)
+  else:
+    lean.save_adapter(model, out)
   shutil.rmtree(kept, ignore_errors=True)
   found = dict(
-      out=str(out), format='lean' if why is not None else 'peft', method=a.method,
+      out=str(out), format='lean' if whole else 'peft', method=a.method,
       examples=windows.examples, cut=windows.cut, left_out=windows.left_out, rows=len(windows),
       window=windows.length, learned_tokens=windows.learned, steps=steps,
       loss=float(last['metrics']['loss']) if last else None)
   print(json.dumps(found) if a.json else
         '\n'.join(f'{k:<14} {v:,}' if isinstance(v, int) else f'{k:<14} {v}'
                   for k, v in found.items()))
+
+
+def _whole(model, a, bars):
+  """Whether PEFT's files have no words for what is tuned; told, if the method attaches adapters."""
+  from lean_jax.adapters.peft import refusal
+  from lean_jax.training import finetune
+  why = refusal(model.family, model.config, model.params)
+  if why is not None and finetune.TUNINGS[a.method].attach is not None:
+    bars.line('no file of PEFT', f'{why}; {a.out} will be a whole model')
+  return why is not None
 
 
 def _template(given):

@@ -65,20 +65,7 @@ def save_peft(folder, family, config, params, *, overwrite=False):
   folder = pathlib.Path(folder)
   if overwrite and occupied(folder) and not (folder / CONFIG).exists():
     raise InputError(f'{folder} holds no adapter, so it is not overwritten; name another')
-  form, places = _written(family, config, params)
-  common = dict(peft_type=form, base_model_name_or_path=None, task_type=None, revision=None,
-                inference_mode=True)
-  if form == 'PROMPT':
-    settings, arrays = peft_prompts.written(config, places)
-  else:
-    fused, modules = peft_parts.fused_experts(family, config, _modules(params, places))
-    settings, arrays = _lora(modules, fused) if fused else _WRITERS[form](modules)
-    named = _named(modules, _all_modules(family, config, params))
-    settings = dict(target_modules=named(modules)) | settings
-    if form == 'IA3':
-      settings['feedforward_modules'] = named([m for m, w in modules.items() if w.side == 'i'])
-  settings = common | settings
-  arrays = {name: np.asarray(x) for name, x in arrays.items()}
+  settings, arrays = _contents(family, config, params)
   with replace_folder(folder, overwrite=overwrite) as new:
     (new / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + '\n',
                               encoding='utf-8')
@@ -89,14 +76,31 @@ def save_peft(folder, family, config, params, *, overwrite=False):
 def refusal(family, config, params):
   """Why PEFT files have no words for the adapters of a model, in a sentence; None where they do."""
   try:
-    _written(family, config, params)
+    _contents(family, config, params)
   except InputError as error:
     return str(error)
   return None
 
 
+def _contents(family, config, params):
+  """adapter_config.json and {name: tensor} of a model's adapters; raises as `save_peft`."""
+  form, modules = _written(family, config, params)
+  common = dict(peft_type=form, base_model_name_or_path=None, task_type=None, revision=None,
+                inference_mode=True)
+  if form == 'PROMPT':
+    settings, arrays = peft_prompts.written(config, modules)
+  else:
+    fused, modules = peft_parts.fused_experts(family, config, modules)
+    settings, arrays = _lora(modules, fused) if fused else _WRITERS[form](modules)
+    named = _named(modules, _all_modules(family, config, params))
+    settings = dict(target_modules=named(modules)) | settings
+    if form == 'IA3':
+      settings['feedforward_modules'] = named([m for m, w in modules.items() if w.side == 'i'])
+  return common | settings, {name: np.asarray(x) for name, x in arrays.items()}
+
+
 def _written(family, config, params):
-  """The peft_type of a model's adapters, and {module: [(the weight's name, its Piece)]}.
+  """The peft_type of a model's adapters, and {module: its adapter}.
 
   Of a prefix or a prompt it is 'PROMPT', and that.
 
@@ -121,19 +125,9 @@ def _written(family, config, params):
   places = {}
   for path, w in adapted.items():
     for piece in pieces_of(family, config, path, w):
-      places.setdefault(piece.module, []).append((path, piece))
+      places.setdefault(piece.module, []).append((piece, peft_parts.adapter_of(w, piece.at)))
   form, = forms
-  if any(own[0][1].rows is not None for own in places.values()):
-    _modules(params, places)                           # raises where it cannot be said
-  return form, places
-
-
-def _modules(params, places):
-  """{module: its adapter}, of what `_written` gives."""
-  weights = tree.named_weights(params)
-  one = lambda path, piece: peft_parts.adapter_of(weights[path], piece.at)
-  return {module: peft_parts.joined(module, [(piece, one(path, piece)) for path, piece in own])
-          for module, own in places.items()}
+  return form, {module: peft_parts.joined(module, parts) for module, parts in places.items()}
 
 
 def load_peft(folder, family, config, params):
@@ -258,19 +252,19 @@ def _matrix(x, *shape):
 
 def _lora(modules, fused=()):
   """The settings and the tensors of LoRA and DoRA; `fused` are `peft_parts.Fused`."""
-  dora = {isinstance(w, Magnitude) for w in modules.values()}
+  dora = {isinstance(w, Magnitude) for w in modules.values()} | {False for _ in fused}
   if len(dora) > 1:
     raise InputError('PEFT files are of LoRA or of DoRA, and these adapters are of both')
   low = {m: w.base if isinstance(w, Magnitude) else w for m, w in modules.items()}
   how = {m: (w.a.shape[-1], w.scale * w.a.shape[-1]) for m, w in low.items()}
-  how |= {f'{w.module}.{w.parameter}': (w.rank, w.scale * w.rank) for w in fused}
+  how |= {w.name: (w.rank, w.scale * w.rank) for w in fused}
   drops = {0.} if fused else {w.dropout for w in low.values()}
   if len(drops) > 1:
     raise InputError(f'PEFT files have one dropout for all weights, and these have {sorted(drops)}')
   (rank, alpha), _ = Counter(how.values()).most_common(1)[0]
   whole = lambda x: int(x) if x == int(x) else x
   settings = dict(
-      r=rank, lora_alpha=whole(alpha), lora_dropout=drops.pop(), use_dora=True in dora,
+      r=rank, lora_alpha=whole(alpha), lora_dropout=drops.pop(), use_dora=dora.pop(),
       use_rslora=False, bias='none', fan_in_fan_out=False, init_lora_weights=True,
       rank_pattern={m: r for m, (r, _) in how.items() if r != rank},
       alpha_pattern={m: whole(a) for m, (_, a) in how.items() if a != alpha})
@@ -287,7 +281,7 @@ def _lora(modules, fused=()):
     m = f'{w.module}.base_layer' if w.inner else w.module
     out |= {f'{_PREFIX}{m}.lora_A.weight': w.a, f'{_PREFIX}{m}.lora_B.weight': w.b}
   if fused:
-    settings['target_parameters'] = [f'{w.module}.{w.parameter}' for w in fused]
+    settings['target_parameters'] = [w.name for w in fused]
   return settings, out
 
 

@@ -185,6 +185,11 @@ class Fused(NamedTuple):
   rank: int
   scale: float
 
+  @property
+  def name(self):
+    """Of the parameter in the model."""
+    return f'{self.module}.{self.parameter}'
+
 
 def fused_experts(family, config, modules):
   """The adapters of single experts as ones of the parameters that transformers 5 has of all.
@@ -197,13 +202,14 @@ def fused_experts(family, config, modules):
     [Fused], and the modules that are no experts.
   """
   names, start = _experts(family, config)
+  numbered = lambda name: re.sub(r'\\\{(layer|expert)\\\}', r'(\\d+)', re.escape(name))
+  patterns = {what: re.compile(numbered(name)) for what, name in names.items()}
   found, rest = {}, {}
   for module, w in modules.items():
-    for what, name in names.items():
-      if at := re.fullmatch(re.escape(name).replace(r'\{layer\}', r'(\d+)').replace(
-          r'\{expert\}', r'(\d+)'), module):
-        found.setdefault(at[1], {}).setdefault(int(at[2]), {})[what] = w
-        break
+    at, what = next(((at, what) for what, pattern in patterns.items()
+                     if (at := pattern.fullmatch(module))), (None, None))
+    if at:
+      found.setdefault(at[1], {}).setdefault(int(at[2]), {})[what] = w
     else:
       rest[module] = w
   out = []

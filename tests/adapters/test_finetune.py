@@ -193,3 +193,18 @@ def test_the_verb_writes_an_adapter_and_says_what_it_was_trained_on(wide, data, 
   bad.write_text('{"text": "a"}\n{"text": 1}\n')
   assert main([*command[:3], str(bad), '--out', str(tmp_path / 'other')]) == 2
   assert f"{bad}:2: 'text' is a int" in capsys.readouterr().err
+
+
+def test_parts_of_a_product_that_training_moved_apart_are_saved_as_a_whole_model(
+    wide, data, tmp_path, capsys):
+  gpt2 = lean.create('gpt2', wide.tokenizer, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+  lean.save(gpt2, tmp_path / 'base', format='hf')
+  (tmp_path / 'chat.jinja').write_text(TEMPLATE)
+  out = tmp_path / 'tuned'
+  assert main(['finetune', str(tmp_path / 'base'), '--data', str(data), '--out', str(out),
+               '--method', 'vera', '--steps', '2', '--batch', '2', '--window', '64', '--set',
+               'rank=2', '--set', 'where=layers/attention/(q|k|v)/kernel', '--template',
+               str(tmp_path / 'chat.jinja'), '--json']) == 0
+  said = capsys.readouterr()
+  assert json.loads(said.out)['format'] == 'lean' and 'one d of the whole' in said.err
+  assert lean.load(out).config == gpt2.config

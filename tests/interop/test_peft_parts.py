@@ -9,6 +9,7 @@ import safetensors.numpy
 
 import lean_jax as lean
 from lean_jax import tree
+from lean_jax.adapters import peft as peft_files
 from lean_jax.weights import Magnitude
 from tests.adapters.stirring import stirred
 from tests.interop import rounding
@@ -153,7 +154,13 @@ def test_experts_that_peft_cannot_load_are_refused(folders, tmp_path):
   base = lean.load(folders('mixtral'))
   with pytest.raises(lean.InputError, match='LoRA of experts alone.*Scaled'):
     lean.save_adapter(lean.attach(base, 'ia3', where=EXPERTS, side='inputs'), tmp_path / 'a')
+  both = lean.attach(lean.attach(base, 'dora', where=ATTENTION, **LORA), 'lora', where=EXPERTS,
+                     **LORA)
+  with pytest.raises(lean.InputError, match='of LoRA or of DoRA'):
+    lean.save_adapter(both, tmp_path / 'a')
   assert not (tmp_path / 'a').exists()
+  odd = lean.attach(base, 'vera', where=EXPERTS, rank=2)
+  assert 'LoRA of experts alone' in peft_files.refusal(odd.family, odd.config, odd.params)
 
 
 def test_parts_that_the_files_cannot_have_together_are_refused(folders, tmp_path):
@@ -163,6 +170,9 @@ def test_parts_that_the_files_cannot_have_together_are_refused(folders, tmp_path
     save(lean.attach(base, 'dora', where='layers/attention/q/kernel', **LORA))
   with pytest.raises(lean.InputError, match='one d of the whole, where these differ'):
     save(attached(base, 'vera', QKV, rank=2))
+  begun = lean.attach(base, 'vera', where='layers/.*', rank=2)
+  assert 'are not those of the others' in peft_files.refusal(
+      begun.family, begun.config, begun.params)
   with pytest.raises(lean.InputError, match='other dropouts each'):
     save(lean.attach(base, 'lora', where=QKV, rules=[('.*/q/.*', dict(dropout=.1))], **LORA))
   inputs = lean.attach(base, 'ia3', where=QKV, side='inputs')
