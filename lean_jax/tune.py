@@ -52,18 +52,15 @@ def run(arguments, console):
                        '--device, or another model')
     timing.run(requests, arguments.json, console)
     return
-  from lean_jax.kernels.platforms import device, schedule
-  requests = cases(arguments)
-  rows = []
-  for case in requests:
-    tiles = candidates(case)
-    try:
-      found = list(schedule.measure([case | dict(blocks=tile) for tile in tiles]))
-    except ModuleNotFoundError as error:
-      raise InputError(str(error)) from error
-    rows.append(best(case, found))
-    if arguments.out:
-      keep(pathlib.Path(arguments.out), rows[-1])
+  from lean_jax.kernels.platforms import device
+  requests, rows = cases(arguments), []
+  try:
+    for row in search(requests):
+      rows.append(row)
+      if arguments.out:
+        keep(pathlib.Path(arguments.out), row)
+  except ModuleNotFoundError as error:
+    raise InputError(str(error)) from error
   if arguments.json:
     print(json.dumps(rows))
     return
@@ -111,6 +108,55 @@ def shapes(a, rows):
     raise InputError(f'a shape of {small[0]}; expected 1 or more')
   return [dict(op=a.op, m=m, k=k, n=n, group=group, bits=bits, experts=experts)
           for k, n in weights for m in rows]
+
+
+def search(requests):
+  """The best of each case's candidates, case by case.
+
+  A step's program is the same, but for some per cent of its bundles, however many steps there are:
+  so a tile is compiled for the first case that tries it, and for another only where it is its best.
+
+  Args:
+    requests: as `cases` gives them.
+
+  Yields:
+    What `best` returns, of a tile that was compiled for the case.
+
+  Raises:
+    InputError: no tile of a case compiles.
+    ModuleNotFoundError: libtpu is not installed.
+  """
+  from lean_jax.kernels.platforms import schedule
+  known = {}
+
+  def compiled(case, tiles):
+    return list(schedule.measure([case | dict(blocks=tile) for tile in tiles]))
+  for case in requests:
+    tiles = {tile: _step(case, tile) for tile in candidates(case)}
+    new = [tile for tile, step in tiles.items() if step not in known]
+    known.update(zip((tiles[tile] for tile in new), compiled(case, new)))
+    row = best(case, [_scaled(known[step], case, tile) for tile, step in tiles.items()])
+    if tuple(row['blocks']) not in new:
+      row = best(case, compiled(case, [row['blocks']]))
+    yield row | dict(tried=len(tiles))
+
+
+def _step(case, tile):
+  """What a step's program depends on."""
+  over = tuple(case[of] > size for of, size in zip('mnk', tile))
+  return tile, over, *(case[of] for of in ('device', 'op', 'bits', 'group', 'experts', 'k'))
+
+
+def _scaled(found, case, tile):
+  """What was found of a tile in another case, for the steps and bytes of this one."""
+  if not found.get('cycles'):
+    return found
+  from lean_jax.kernels.platforms import calls
+  here, there = (calls.call(c | dict(blocks=tile)) for c in (case, found))
+  times = dict(cycles=found['bundles'] * here.steps(), steps=here.steps(),
+               unit_cycles=found['unit_cycles'] * here.operations / there.operations,
+               memory_cycles=found['memory_cycles'] * here.bytes / there.bytes)
+  return found | times
 
 
 def candidates(case):

@@ -7,7 +7,7 @@ from lean_jax import timing, tune
 from lean_jax.cli import main
 from lean_jax.kernels.grouped_matmul import tpu as ragged
 from lean_jax.kernels.native import library
-from lean_jax.kernels.platforms import device, tuned
+from lean_jax.kernels.platforms import calls, device, schedule, tuned
 
 CASE = dict(device='v5e', op='weight_only_matmul', m=16, k=4096, n=4096, group=128, bits=4,
             experts=None)
@@ -48,6 +48,28 @@ def test_the_tile_with_the_least_time_wins_and_memory_counts():
            row([16, 256, 4096], 1900, 16),
            dict(error='VMEM')]
   assert tune.best(CASE, found)['blocks'] == [16, 512, 4096]
+
+
+def test_cases_share_the_tiles_that_one_has_compiled(monkeypatch):
+  asked = []
+
+  def measure(requests):
+    for r in requests:
+      asked.append((r['n'], r['blocks']))
+      call = calls.call(r)
+      yield r | dict(bundles=r['blocks'][1] + 200, spills=0, steps=call.steps(), share=.5,
+                     cycles=(r['blocks'][1] + 200) * call.steps(), unit_cycles=call.operations,
+                     memory_cycles=call.bytes)
+  monkeypatch.setattr(schedule, 'measure', measure)
+  narrow, wide = (CASE | dict(n=n) for n in (4096, 14336))
+  found = list(tune.search([narrow, wide]))
+  tiles = tune.candidates(wide)
+  assert len(tiles) > 2 and {tuple(tile) for n, tile in asked if n == 4096} == set(tiles)
+  assert [(n, tuple(tile)) for n, tile in asked if n == 14336] == [(14336, found[1]['blocks'])]
+  # Its own figures, and what a search that shares nothing finds.
+  for row, case in zip(found, (narrow, wide)):
+    alone = tune.best(case, list(measure([case | dict(blocks=tile) for tile in tiles])))
+    assert row == alone | dict(tried=len(tiles))
 
 
 def test_what_is_kept_is_what_is_looked_up(tmp_path, monkeypatch):
