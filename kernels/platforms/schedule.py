@@ -70,7 +70,8 @@ def _worker(folder):
   environment = dict(
       os.environ, JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNAMES='localhost',
       TPU_ACCELERATOR_TYPE='v5litepod-4', ALLOW_MULTIPLE_LIBTPU_LOAD='1', XLA_FLAGS='',
-      LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true')
+      LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
+      '--xla_jf_dump_llo_pass_label_regex=final')          # of 65 passes; all take twice the time
   return subprocess.Popen([sys.executable, '-m', MODULE, folder], env=environment, text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
