@@ -5,15 +5,16 @@ python -m lean_jax.experiments.distillation DIR --data stories.jsonl [--steps N]
 A student of half the layers of a decoder trains on the same rows by each loss, for as many steps
 of it. It is measured on held-out text, and by what it writes itself after the beginnings of such
 texts: how probable the teacher finds it, and ROUGE-L (Lin 2004) of its tokens with those of the
-text. The claims, each checked on the mean over the seeds; a run ends with exit code 1 where one fails:
+text. The claims, each checked on the mean over the seeds; a run ends with exit code 1 where one
+fails:
 
   DistilBERT (Sanh et al. 2019, arXiv:1910.01108, table 4): soft labels, hard ones and the cosine of
     states beat hard labels alone; a start from the teacher's layers beats a random one.
   TinyBERT (Jiao et al. 2020, arXiv:1909.10351, tables 2 and 4): states, embeddings and attention
     first and soft labels then beat soft labels alone; layers mapped uniformly beat the last ones.
-    MiniLMv2 (Wang et al. 2021, arXiv:2012.15828): so do relations of queries, keys and
-    values first. As theirs, these students start at random, and what comes first comes on top:
-    `soft_long` is of soft labels alone for as many steps as both.
+  MiniLMv2 (Wang et al. 2021, arXiv:2012.15828): relations of queries, keys and values first and
+    soft labels then beat soft labels alone. As theirs, the students of these two start at random,
+    and what comes first comes on top; `soft_long` learns by soft labels alone for as long as they.
   MiniLLM (Gu et al. 2023, arXiv:2306.08543): by reverse KL the student writes what the teacher
     finds more probable than by forward KL.
   GKD (Agarwal et al. 2023, arXiv:2306.13649): so does one that learns from what it writes itself.
