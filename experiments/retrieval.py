@@ -9,7 +9,10 @@ DIR is all-MiniLM-L6-v2, FOLDER has stsb/ (train.csv, dev.csv) and cranfield/. T
 from sentences of STS-B's training split and from Cranfield's abstracts, with no scores, queries or
 judgements. Measured are Spearman's correlation of cosines with people's scores on STS-B's dev
 split, and recall and nDCG of Cranfield's queries over its abstracts, both read up to 128 tokens.
-Ends with exit code 1 where a claim fails.
+Of the teacher's figures the student is to keep what Sentence-Transformers' own encoder of these
+three layers has of them (paraphrase-MiniLM-L3-v2 of all-MiniLM-L6-v2, in the table of pretrained
+models at sbert.net): 62.29 of 68.06 on sentences, 39.19 of 49.54 in search. Ends with exit code 1
+where a claim fails.
 """
 import argparse
 import csv
@@ -27,8 +30,8 @@ from lean_jax.models.segments import configured
 from lean_jax.pipeline.on_text import told
 
 LENGTH = 128                  # tokens of a text at most
-SENTENCES, ABSTRACTS = 4000, 300
-KEPT = .93                    # of the teacher's figures, at least
+SENTENCES, ABSTRACTS = 8000, 1200
+KEPT = {'spearman': 62.29 / 68.06, 'ndcg@10': 39.19 / 49.54, 'recall@100': 39.19 / 49.54}
 LOSSES = (dict(kind='mse', weight=100.), dict(kind='similarity_kl', temperature=.05))
 
 
@@ -58,12 +61,12 @@ def claims(found):
   out, teacher, cut = [], found['teacher'], found['cut']
   out.append((f'the teacher is the original: Spearman {teacher["spearman"]:.4f}, .8672 in PyTorch',
               abs(teacher['spearman'] - .8672) < 5e-4))
-  for name in ('spearman', 'ndcg@10', 'recall@100'):
+  for name, kept in KEPT.items():
     values = [s[name] for s in found['students']]
     out += [(f'{name} is above the untrained cut\'s in each seed: {min(values):.4f} against '
              f'{cut[name]:.4f}', min(values) > cut[name]),
-            (f'{name} keeps {KEPT:.0%} of the teacher\'s in each seed: {min(values):.4f} of '
-             f'{teacher[name]:.4f}', min(values) >= KEPT * teacher[name])]
+            (f'{name} keeps {kept:.1%} of the teacher\'s in each seed: {min(values):.4f} of '
+             f'{teacher[name]:.4f}', min(values) >= kept * teacher[name])]
   return out
 
 
@@ -72,7 +75,7 @@ def main(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('folder', metavar='DIR', help='all-MiniLM-L6-v2')
   parser.add_argument('--data', required=True, type=pathlib.Path, help='has stsb/ and cranfield/')
-  parser.add_argument('--steps', type=int, default=150)
+  parser.add_argument('--steps', type=int, default=600)
   parser.add_argument('--seeds', type=int, default=3)
   a = parser.parse_args(argv)
   teacher = lean.load(a.folder)
@@ -87,7 +90,8 @@ def main(argv=None):
     own = [*draw.permutation(sentences)[:SENTENCES], *draw.permutation(abstracts)[:ABSTRACTS]]
     learned = lean.distill_encoder(
         teacher, [str(text) for text in own], student=student, steps=a.steps, losses=LOSSES,
-        batch=32, peak=5e-4, warmup=a.steps // 10, seed=seed, trainable='layers/.*')
+        batch=32, peak=5e-4, warmup=a.steps // 10, seed=seed, trainable='layers/.*',
+        group_by_length=True)
     found['students'].append(measured(learned, a.data))
   return told(found, claims(found))
 

@@ -41,8 +41,9 @@ def label(model: Model, texts: Sequence[str] | Sequence[Sequence[str]],
 
 def train_classifier(model: Model, data, *, steps: int, teacher: Model | None = None,
                      batch: int = 16, peak: float = 1e-4, temperature: float = 1.,
-                     soft_weight: float | None = None, truncate: bool = False, seed: int = 0,
-                     workdir=None, **settings) -> Model:
+                     soft_weight: float | None = None, truncate: bool = False,
+                     group_by_length: bool = False, seed: int = 0, workdir=None,
+                     **settings) -> Model:
   """Trains a classifier of texts or of words on labels, on a teacher's scores of them, or on both.
 
   All of it trains; of one with adapters these and its head, which `save` writes and `save_adapter`
@@ -56,6 +57,7 @@ def train_classifier(model: Model, data, *, steps: int, teacher: Model | None = 
     soft_weight: of scores, the labels have the rest; None is 1 without labels, 0 without scores,
       else .7.
     truncate: whether the end of a text that is too long is left out.
+    group_by_length: whether a batch has texts of about one length, so that little is padding.
     settings: of `training.recipe.train`.
 
   Raises:
@@ -96,7 +98,8 @@ def evaluate_classifier(model: Model, data, *, batch: int = 32,
 def distill_encoder(teacher: Model, texts: Sequence[str], *, steps: int,
                     student: Model | None = None, keep: int | None = None,
                     losses: Sequence[Mapping[str, Any]] = (dict(kind='mse'),), batch: int = 32,
-                    peak: float = 1e-4, seed: int = 0, workdir=None, **settings) -> Model:
+                    peak: float = 1e-4, group_by_length: bool = False, seed: int = 0,
+                    workdir=None, **settings) -> Model:
   """A smaller model of texts' vectors, like the teacher's (Reimers & Gurevych 2020).
 
   Args:
@@ -105,6 +108,7 @@ def distill_encoder(teacher: Model, texts: Sequence[str], *, steps: int,
       widths differ, a matrix between is learned, which is not part of the student.
     keep: how many layers; None is half of them.
     losses: of `distillation.vectors`: mse, cosine, similarity_kl.
+    group_by_length: whether a batch has texts of about one length, so that little is padding.
     settings: of `training.recipe.train`.
   """
   student = student_of(teacher, keep) if student is None else student
@@ -116,7 +120,7 @@ def distill_encoder(teacher: Model, texts: Sequence[str], *, steps: int,
   learned = vectors.projection(terms, widths, seed)
   params = {**student.params, PROJECTIONS: learned} if learned else student.params
   batches = vectors.vector_batches(rows, targets, batch=batch, seed=seed,
-                                   context=student.config.context)
+                                   context=student.config.context, by_length=group_by_length)
   params, _ = recipe.train(
       student.module, params, batches, steps=steps, peak=peak, seed=seed, folder=workdir,
       objective=(vectors.like_teacher(student.module, way, told), json.loads(told)), **settings)

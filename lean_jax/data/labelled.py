@@ -134,7 +134,7 @@ def figures(logits, labels):
               count=int(here.sum()))
 
 
-def batches(encoded, labels, scores, *, batch, seed, context):
+def batches(encoded, labels, scores, *, batch, seed, context, by_length=False):
   """RowBatches of rows that were encoded.
 
   A batch has tokens, mask and token_types [B T]; labels, int32 [B] or [B T], -1 for none; scores,
@@ -146,6 +146,7 @@ def batches(encoded, labels, scores, *, batch, seed, context):
     labels, scores: of `targets`.
     batch, seed: of RowBatches.
     context: tokens of the longest row.
+    by_length: whether rows of a batch are of about one length.
   """
   C = scores[0].shape[-1]
 
@@ -169,4 +170,5 @@ def batches(encoded, labels, scores, *, batch, seed, context):
   for parts in zip(encoded, labels, scores):
     for x in (*parts[0], *parts[1:]):
       digest.update(np.asarray(x).tobytes() + b'|')
-  return RowBatches(len(encoded), batch, seed, make, digest.hexdigest())
+  return RowBatches(len(encoded), batch, seed, make, digest.hexdigest(),
+                    np.array([len(row[0]) for row in encoded]) if by_length else None)

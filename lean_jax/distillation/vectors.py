@@ -139,11 +139,12 @@ def like_ranker(module, pooling):
   return loss
 
 
-def vector_batches(rows, targets, *, batch, seed, context):
+def vector_batches(rows, targets, *, batch, seed, context, by_length):
   """RowBatches of texts [(ids, types)] and the vectors that they should have, [n E]."""
   def make(which):
     return stacked([rows[k] for k in which], len(which), context) | dict(vectors=targets[which])
-  return RowBatches(len(rows), batch, seed, make, _content(rows, targets))
+  return RowBatches(len(rows), batch, seed, make, _content(rows, targets),
+                    np.array([len(ids) for ids, _ in rows]) if by_length else None)
 
 
 def triple_batches(sides, margins, *, batch, seed, context):

@@ -131,7 +131,8 @@ def test_a_tagger_learns_words_and_another_learns_its_classes(tagger):
   for _ in range(48):
     words = [str(w) for w in draw.choice(GOOD + BAD, draw.integers(1, 6))]
     rows.append(dict(words=words, label=['good' if w in GOOD else 'bad' for w in words]))
-  teacher = lean.train_classifier(tagger, rows, steps=40, batch=16, peak=3e-3)
+  teacher = lean.train_classifier(tagger, rows, steps=40, batch=16, peak=3e-3,
+                                  group_by_length=True)
   assert lean.evaluate_classifier(teacher, rows)['accuracy'] > .97
   bare = [dict(words=row['words']) for row in rows]
   student = lean.train_classifier(lean.create(tagger, seed=7), bare, teacher=teacher, steps=60,

@@ -56,7 +56,7 @@ def test_teachers_have_no_gradient():
 
 
 def test_half_the_layers_learn_the_vectors(teacher, tmp_path):
-  told = dict(steps=40, batch=16, peak=2e-3, workdir=tmp_path / 'run')
+  told = dict(steps=40, batch=16, peak=2e-3, workdir=tmp_path / 'run', group_by_length=True)
   before = lean.distill_encoder(teacher, texts(16), steps=1, batch=16, peak=1e-9)
   student = lean.distill_encoder(teacher, texts(96), **told)
   assert student.config.layers == 1 and student.config.pooling.normalize

@@ -24,7 +24,7 @@ FIGURES = {
     (federated, ('seed 0', 'lstm', 'alone'), 6., 0),
     (federated, ('seed 2', 'mamba', 'alone'), 3., 1),
     (retrieval, ('cut', 'spearman'), .6, 0), (retrieval, ('teacher', 'spearman'), .82, 1),
-    (retrieval, ('students', 2, 'ndcg@10'), .35, 1),
+    (retrieval, ('students', 2, 'ndcg@10'), .31, 1),
     (retrieval, ('students', 0, 'spearman'), .6, 2)])
 def test_a_claim_holds_or_fails_by_its_figures(experiment, path, value, fails):
   found = copy.deepcopy(FIGURES[experiment])
