@@ -1,6 +1,7 @@
 """The experiments on adapters and prompts measure what they say, and say what fails."""
 import copy
 import csv
+import types
 
 import jax
 import numpy as np
@@ -22,9 +23,9 @@ FIGURES = {
     prompts: {
         'parameters': prompts.SHARES, 'sst2 full': dict(accuracy=.85, near=.82),
         'sst2 head': dict(accuracy=.8), 'e2e frozen': dict(nats=3.),
-        'e2e full': dict(nats=1., gained=1., near=.9),
+        'e2e full': dict(nats=1., rouge_l=.6, near=.57),
         **{f'sst2 {name}': dict(accuracy=.84, share=.009) for name in prompts.SENTIMENT},
-        **{f'e2e {name}': dict(nats=1.1, gained=.95, share=.02) for name in prompts.RESTAURANTS}}}
+        **{f'e2e {name}': dict(nats=1.1, rouge_l=.58, share=.02) for name in prompts.RESTAURANTS}}}
 
 
 @pytest.mark.parametrize(('experiment', 'variant', 'figure', 'value', 'fails'), [
@@ -33,7 +34,7 @@ FIGURES = {
     (adapters, 'qlora', 'perplexity', float('nan'), 1), (adapters, 'qlora', 'left', .3, 1),
     (prompts, 'sst2 pfeiffer', 'accuracy', .84, 0), (prompts, 'sst2 houlsby', 'accuracy', .79, 1),
     (prompts, 'sst2 p_tuning_v2', 'accuracy', .6, 2), (prompts, 'e2e prefix', 'nats', 9.5, 1),
-    (prompts, 'e2e pfeiffer', 'gained', .8, 1), (prompts, 'sst2 houlsby', 'share', .2, 1),
+    (prompts, 'e2e pfeiffer', 'rouge_l', .5, 1), (prompts, 'sst2 houlsby', 'share', .2, 1),
     (prompts, 'sst2 lora', 'share', .012, 1)])
 def test_a_claim_holds_or_fails_by_the_mean(experiment, variant, figure, value, fails, capsys):
   found = [FIGURES[experiment], copy.deepcopy(FIGURES[experiment])]
@@ -75,9 +76,9 @@ def test_short_sentences_and_unseen_restaurants(tmp_path):
     rows.writerows([('mr', 'ref'), *((f'name[{k // 2}]', f'It is "{k}", here.')
                                      for k in range(44))])
   known, unseen = prompts.restaurants(tmp_path / 'devset.csv')
-  named = lambda examples: {example['instruction'] for example in examples}
-  assert len(known) + len(unseen) == 44 and named(unseen) == {'name[0]', 'name[10]', 'name[20]'}
-  assert not named(known) & named(unseen) and known[0]['output'] == 'It is "2", here.'
+  assert list(unseen) == ['name[0]', 'name[5]', 'name[10]', 'name[15]', 'name[20]']
+  assert len(known) == 22 - 5 and not known.keys() & unseen.keys()
+  assert known['name[1]'] == ['It is "2", here.', 'It is "3", here.']
 
 
 def test_nats_are_those_of_the_answers_whatever_is_packed(tiny_model):
@@ -90,6 +91,13 @@ def test_nats_are_those_of_the_answers_whatever_is_packed(tiny_model):
         prompts.nats(model, windows(False)), abs=1e-4)
 
 
+def test_rouge_is_of_the_line_that_is_written(tiny_model, monkeypatch):
+  texts = iter([['a b c', 'x y']])
+  monkeypatch.setattr(prompts, 'write', lambda model, asked, **how: types.SimpleNamespace(
+      texts=[(text,) for text in next(texts)] if asked == ['one\n', 'two\n'] else None))
+  assert prompts.rouge(tiny_model, dict(one=['a c', 'a b d'], two=['z'])) == pytest.approx(.8 / 2)
+
+
 def test_a_share_is_of_the_prefix_without_its_mlp(tiny_model):
   total, config = tree.parameters(tiny_model.params), tiny_model.config
   for method, settings in (('prefix', dict(hidden=40)), ('p_tuning_v2', {})):
@@ -99,7 +107,7 @@ def test_a_share_is_of_the_prefix_without_its_mlp(tiny_model):
 
 
 @pytest.mark.slow
-def test_experiments_train_every_variant(wide, tmp_path):
+def test_experiments_train_every_variant(wide, tmp_path, monkeypatch):
   from lean_jax.data.sources import open_source
   from lean_jax.data.windows import pack
   text = tmp_path / 'text.txt'
@@ -111,14 +119,15 @@ def test_experiments_train_every_variant(wide, tmp_path):
     for side in ('left', 'right'):
       variant, figure = claim[side].split('.')
       assert np.isfinite(found[variant][figure])
-  records = [dict(instruction=f'say {word}', output=f'{word} fox') for word in ('the', 'dog', 'a')]
-  windows = example_windows(wide, records, window=32, template=prompts.TEMPLATE)
+  said = {f'say {word}': [f'{word} fox', f'a {word} dog'] for word in ('the', 'dog', 'a')}
+  for name, small in (('WINDOW', 32), ('SAID', 4), ('READ', 2)):
+    monkeypatch.setattr(prompts, name, small)
   encoder = lean.create('bert', wide.tokenizer, hidden_size=64, num_hidden_layers=1,
                         num_attention_heads=2, intermediate_size=64, max_position_embeddings=32)
   rows = [dict(text=text, label=label) for text, label in (
       ('the fox', 'positive'), ('the dog', 'negative'))] * 8
   found = {'parameters': prompts.SHARES,
-           **prompts.told_of(wide, windows, windows, 0, steps=2, batch=2),
+           **prompts.told_of(wide, said, said, 0, steps=2, batch=2),
            **prompts.sentiment(encoder, rows, rows, 0, steps=2, batch=4)}
   for claim in prompts.claims():
     for side in ('left', 'right'):

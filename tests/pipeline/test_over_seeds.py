@@ -1,8 +1,6 @@
 """Experiments over seeds: claims on means, and those on distillation name what is measured."""
-import itertools
 import json
 
-import numpy as np
 import pytest
 
 import lean_jax as lean
@@ -37,14 +35,3 @@ def test_every_claim_on_distillation_is_on_a_student_that_is_trained():
     for side in ('left', 'right'):
       name, figure = claim[side].split('.')
       assert name in trained and figure in ('perplexity', 'own_text', 'rouge_l')
-
-
-def test_the_longest_common_subsequence_is_found_by_trying_all():
-  draw = np.random.default_rng(0)
-  a, b = (draw.integers(0, 4, (20, length)) for length in (7, 6))
-  within = lambda small, large: all(any(x == y for y in large) for x in small)
-
-  def tried(a, b):
-    return max(n for n in range(len(b) + 1)
-               if any(within(part, iter(a)) for part in itertools.combinations(b, n)))
-  assert distillation.common(a, b).tolist() == [tried(*rows) for rows in zip(a, b)]
