@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax.experimental.pallas import tpu as pltpu
 
 from lean_jax.kernels.attention_decode import api
 from lean_jax.kernels.attention_decode.api import (
@@ -15,6 +13,7 @@ from lean_jax.kernels.attention_decode.api import (
   attention_decode_paged,
 )
 from lean_jax.nn.rounded import Rounding, decoded, encoded
+from tests.kernels.races import WATCHED, seen
 
 G, B, R, S, K, g = 2, 3, 4, 256, 64, 32
 N = G * B
@@ -22,7 +21,7 @@ N = G * B
 
 def pallas(name):
   """The kernel in an interpreter, as an implementation: a patch of `api.chosen`."""
-  how = dict(interpret=True, races=pltpu.InterpretParams(detect_races=True))[name]
+  how = dict(interpret=True, races=WATCHED)[name]
   return lambda op, forms, _: functools.partial(
       next(f for f in forms if f.name == 'pallas').run, interpret=how)
 
@@ -134,7 +133,7 @@ def test_the_kernel_has_no_races_and_reads_nothing_unwritten(bits, monkeypatch):
   monkeypatch.setattr(api, 'chosen', pallas('races'))
   monkeypatch.setattr(api.tpu, 'PAGE', 128)                # 6 rows of 2 pages: 12 steps
   got = np.asarray(attention_decode(q, k, v, ragged(), bits=bits))
-  assert interpreter.races is not None and not interpreter.races.races_found
+  assert not seen()
   want = attention64(q, *floats, np.tile(ragged(), (G, 1)))
   np.testing.assert_allclose(got, want, **CLOSE)
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
 from lean_jax.kernels.grouped_matmul import api, reference, tpu
 from lean_jax.kernels.int8_matmul import api as int8_api
@@ -19,6 +18,7 @@ from lean_jax.quantization import formats, layouts
 from lean_jax.quantization.spec import parse_spec
 from lean_jax.weights.prepared import Prepared
 from lean_jax.weights.quantized import Quantized
+from tests.kernels.races import WATCHED, seen
 
 UNEVEN = (3, 0, 37, 1, 0, 29)
 SIZES = [UNEVEN, *(pytest.param(s, marks=pytest.mark.slow) for s in (
@@ -106,7 +106,6 @@ def integers(sizes, group, bits, K=100, N=150):
 
 @pytest.mark.parametrize('kind', ['codes', 'integers'])
 def test_there_are_no_races_and_nothing_uninitialised_reaches_the_product(kind):
-  from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
   sizes = (3, 0, 38)
   if kind == 'codes':
     given = operands('w4a16-g32-asym', sizes, K=64)
@@ -116,9 +115,9 @@ def test_there_are_no_races_and_nothing_uninitialised_reaches_the_product(kind):
     run = functools.partial(int8_tpu.int8_grouped_matmul, *quantize_rows(x), values, scale,
                             jnp.asarray(sizes), blocks=TILE)
   got, want = (np.asarray(run(interpret=how), np.float32)
-               for how in (pltpu.InterpretParams(detect_races=True), True))
+               for how in (WATCHED, True))
   np.testing.assert_array_equal(got, want)
-  assert not interpreter.races.races_found
+  assert not seen()
 
 
 @settings(deadline=None, max_examples=20)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
 from lean_jax.kernels.quantize_rows import api, reference, tpu
 from lean_jax.nn.norm import RMSNorm
+from tests.kernels.races import WATCHED, seen
 
 WAYS = {'plain': {}, 'norm': dict(norm=True, epsilon=1e-6, offset=1.), 'block': dict(block=128),
         'both': dict(norm=True, epsilon=1e-6, block=128)}
@@ -89,8 +89,9 @@ def test_a_nan_is_kept_in_rows_of_any_length(shape):
 def test_the_kernel_has_no_races():
   x, norm = operands((40, 128))
   how = given('both', norm)
-  got = kernel(x, interpret=pltpu.InterpretParams(detect_races=True), **how)
+  got = kernel(x, interpret=WATCHED, **how)
   np.testing.assert_array_equal(got[0], kernel(x, **how)[0])
+  assert not seen()
 
 
 @pytest.mark.parametrize('way', WAYS)
@@ -130,9 +131,10 @@ def test_four_bits_have_no_races_and_take_steps_zeros_and_nans_as_eight_do():
   x, _ = operands((40, 256))
   x = x.at[0].set(0).at[1, 3].set(jnp.nan)
   how = dict(bits=4, scale=jnp.float32(.3))
-  got = kernel(x, interpret=pltpu.InterpretParams(detect_races=True), **how)
+  got = kernel(x, interpret=WATCHED, **how)
   for a, b in zip(got, api.quantize_rows(x, implementation='reference', **how)):
     np.testing.assert_array_equal(a, b)
+  assert not seen()
   assert np.flatnonzero(np.isnan(got[1])).tolist() == [1]
   assert kernel(x, bits=4)[1][0] == 1
   y = api.rounded_rows(x, bits=4)

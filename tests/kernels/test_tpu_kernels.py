@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lean_jax.kernels.int8_matmul import api as int8_api
@@ -18,6 +19,7 @@ from lean_jax.kernels.weight_only_matmul import reference as weight_only_referen
 from lean_jax.kernels.weight_only_matmul import tpu as weight_only_tpu
 from lean_jax.quantization import formats, layouts
 from lean_jax.quantization.spec import parse_spec
+from tests.kernels.races import WATCHED, raced, seen
 from tests.xla import NEWER
 
 # At most 3 x 2 x 3 steps: rows, columns and depth of a tile, of operands that no tile divides.
@@ -119,28 +121,38 @@ def test_experts_are_multiplied_each_with_its_own_weight(tile):
     np.testing.assert_array_equal(got[e], one(x[e], values[e], scale[e], zero[e]))
 
 
+def test_the_interpreter_sees_a_race():
+  def summed(x, y):
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+      y[...] = jnp.zeros_like(y)
+    y[...] += x[...]                                       # all steps into one block
+  run = functools.partial(
+      pl.pallas_call, summed, grid=(4,), in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+      out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
+      out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32), interpret=WATCHED)
+  given = lambda kind: pltpu.CompilerParams(dimension_semantics=(kind,))
+  assert not raced(lambda: run(compiler_params=given('arbitrary'))(jnp.ones((32, 128))))
+  assert raced(lambda: run(compiler_params=given('parallel'))(jnp.ones((32, 128))))
+
+
 @pytest.mark.parametrize('group', [None, 32])
 def test_int8_matmul_has_no_races_and_reads_nothing_uninitialised(group):
   x, values, scale = powers(int8_operands(40, 200, 130, group, 4))
   got = int8_tpu.int8_matmul(x, values, scale, group=group, blocks=TILE,
-                             interpret=pltpu.InterpretParams(detect_races=True))
+                             interpret=WATCHED)
   want = int8_reference.int8_matmul(x, values, scale, group=group)
   np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
-  assert not _races()
+  assert not seen()
 
 
 def test_weight_only_matmul_has_no_races_and_reads_nothing_uninitialised():
   given = weight_only_operands('w4a16-g32-asym', 40, 200, 130)
   got, want = (weight_only_tpu.weight_only_matmul(*given, blocks=TILE, interpret=how)
-               for how in (pltpu.InterpretParams(detect_races=True), True))
+               for how in (WATCHED, True))
   # the same products and sums
   np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=8e-3)
-  assert not _races()
-
-
-def _races():
-  from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-  return interpreter.races.races_found
+  assert not seen()
 
 
 def test_a_nan_reaches_the_product_of_its_row_alone():
