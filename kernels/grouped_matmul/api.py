@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lean_jax.kernels.grouped_matmul import cpu, reference
-from lean_jax.kernels.platforms import device
+from lean_jax.kernels.platforms import device, operands
 from lean_jax.kernels.platforms.choice import Form, chosen
 from lean_jax.kernels.weight_only_matmul import api as weight_only
 from lean_jax.kernels.weight_only_matmul import cpu as native
@@ -74,6 +74,8 @@ def grouped_weight_only(x, values, scale, zero, spec, sizes, *, layout='packed',
   """
   if x.ndim != 2 or sizes.ndim != 1:
     raise ValueError(f'x {x.shape} and sizes {sizes.shape}; expected [M K] and [E]')
+  operands.floats(x=x)
+  operands.integers(sizes=sizes)
   K = x.shape[1]
   weight_only.check(sizes.shape, K, values, scale, zero, spec, layout)
   matrix = lambda w: dequantized(*w, spec, K, x.dtype, layout)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lean_jax.kernels.grouped_matmul import api as grouped
 from lean_jax.kernels.int8_matmul import cpu, reference
-from lean_jax.kernels.platforms import device
+from lean_jax.kernels.platforms import device, operands
 from lean_jax.kernels.platforms.choice import Form, chosen
 from lean_jax.quantization import layouts
 from lean_jax.quantization.packing import unpack
@@ -80,16 +80,12 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activa
     more = (2 if values.dtype == jnp.uint8 else 1) * (4 if layout == 'panels' else 1)
     raise ValueError(f'x {x.shape} does not fit values {values.shape}; expected '
                      f'[*E M {more * rows}]')
-  G = -(-K // group) if group else 1
+  G = operands.groups(group, K)
   if scale.shape not in ((*batch, G, N), (*batch, G, 1)):
     raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
                      f'{(*batch, G, N)}')
-  for name, a in dict(x=x, scale=scale, x_scale=x_scale).items():
-    if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
-      raise ValueError(f'{name} is {a.dtype}; expected floats')
-  if x_scale is not None and x_scale.shape != tuple(batch):
-    raise ValueError(f'x_scale {x_scale.shape} does not fit x {x.shape}; expected {tuple(batch)}, '
-                     'one step a matrix')
+  operands.floats(x=x, scale=scale, x_scale=x_scale, bias=bias)
+  _check_steps(x_scale, x, batch)
   if activation not in (None, *ACTIVATIONS):
     raise ValueError(f'activation {activation!r}; expected one of {", ".join(ACTIVATIONS)}')
   if bias is not None:
@@ -99,6 +95,12 @@ def int8_matmul(x, values, scale, *, group=None, x_scale=None, bias=None, activa
     bias = bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
   how = How(implementation, group, layout, activation, jnp.dtype(dtype).name)
   return _product(how, x, values, scale, x_scale, bias)
+
+
+def _check_steps(x_scale, x, batch):
+  if x_scale is not None and x_scale.shape != tuple(batch):
+    raise ValueError(f'x_scale {x_scale.shape} does not fit x {x.shape}; expected {tuple(batch)}, '
+                     'one step a matrix')
 
 
 class How(NamedTuple):
@@ -298,10 +300,13 @@ def int8_grouped_matmul(x, values, scale, sizes, *, group=None, x_scale=None, la
   if x.ndim != 2 or sizes.ndim != 1 or sizes.shape != batch or rows != _rows_of(K, values, layout):
     raise ValueError(f'x {x.shape}, values {values.shape} and sizes {sizes.shape} do not fit; '
                      'expected [M K], [E K N] (as their layout has them) and [E]')
-  (E,), G = batch, -(-K // group) if group else 1
+  (E,), G = batch, operands.groups(group, K)
   if scale.shape not in ((E, G, N), (E, G, 1)):
     raise ValueError(f'scale {scale.shape} does not fit values {values.shape}; expected '
                      f'{(E, G, N)}')
+  operands.floats(x=x, scale=scale, x_scale=x_scale)
+  operands.integers(sizes=sizes)
+  _check_steps(x_scale, x, batch)
   scale = jnp.broadcast_to(scale, (E, G, N))
   how = How(implementation, group, layout, None, jnp.dtype(dtype).name)
   return _grouped(how, x, values, scale, sizes, x_scale)

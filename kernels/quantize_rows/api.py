@@ -4,6 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lean_jax.kernels.platforms import operands
 from lean_jax.kernels.platforms.choice import Form, chosen
 from lean_jax.kernels.quantize_rows import reference, tpu
 
@@ -106,6 +107,7 @@ def _check(x, scale, bits, norm, epsilon, block):
     raise ValueError(f'codes of {bits} bits; there are: {", ".join(map(str, reference.HIGH))}')
   if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f'x is {x.dtype} {x.shape}; expected floats [... M K]')
+  operands.floats(scale=scale, norm=norm)
   *batch, _, K = x.shape
   if scale is not None and scale.shape != tuple(batch):
     raise ValueError(f'scale {scale.shape} does not fit x {x.shape}; expected {tuple(batch)}, one '

@@ -4,7 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lean_jax.kernels.platforms import device
+from lean_jax.kernels.platforms import device, operands
 from lean_jax.kernels.platforms.choice import Form, chosen
 from lean_jax.kernels.weight_only_matmul import cpu, reference
 from lean_jax.quantization import layouts
@@ -64,6 +64,8 @@ def check(batch, K, values, scale, zero, spec, layout):
       not spec.symmetric if zero is None else zero.shape != scale.shape):
     raise ValueError(f'scale {tuple(scale.shape)} does not fit values {values.shape} of {spec}; '
                      f'expected {fits[0]}, and zero the same')
+  if hasattr(scale, 'dtype'):                              # or it is in codes itself
+    operands.floats(scale=scale)
 
 
 def forms(spec, layout, x, values, scale, zero):

@@ -11,6 +11,7 @@ from lean_jax.kernels.grouped_matmul import api as grouped
 from lean_jax.kernels.int8_matmul import api as int8
 from lean_jax.kernels.native import library
 from lean_jax.kernels.platforms import device
+from lean_jax.kernels.quantize_rows import api as rows
 from lean_jax.kernels.weight_only_matmul import api as weight_only
 from lean_jax.quantization import formats
 from lean_jax.quantization.packing import pack
@@ -32,6 +33,21 @@ def of_grouped():
   return dict(x=jnp.ones((3, 8)), w=jnp.ones((2, 8, 4)), sizes=jnp.array([1, 2]))
 
 
+def of_experts():
+  return of_int8() | dict(values=jnp.ones((2, 8, 4), jnp.int8), scale=jnp.ones((2, 1, 4)),
+                          sizes=jnp.array([1, 2]))
+
+
+def of_coded_experts():
+  given = of_weight_only()
+  each = {name: jnp.stack([given[name]] * 2) for name in ('values', 'scale', 'zero')}
+  return given | each | dict(sizes=jnp.array([1, 2]))
+
+
+def of_rows():
+  return dict(x=jnp.ones((3, 8)), scale=jnp.array(.1), norm=jnp.ones(8), epsilon=1e-6)
+
+
 def of_attention(paged=False):
   """6 rows of 32 tokens of width 16, in 4 bits, groups of 8; or 6 pages of them."""
   q, codes = jnp.ones((6, 2, 16)), jnp.ones((6, 16, 16), jnp.uint8)
@@ -50,7 +66,9 @@ def codes(**change):
 
 INT8, WEIGHT, GROUPED = int8.int8_matmul, weight_only.weight_only_matmul, grouped.grouped_matmul
 ATTENTION, PAGED = attention.attention_decode, attention.attention_decode_paged
+EXPERTS, CODED, ROWS = int8.int8_grouped_matmul, grouped.grouped_weight_only, rows.quantize_rows
 GIVEN = {INT8: of_int8, WEIGHT: of_weight_only, GROUPED: of_grouped, ATTENTION: of_attention,
+         EXPERTS: of_experts, CODED: of_coded_experts, ROWS: of_rows,
          PAGED: lambda: of_attention(paged=True)}
 integers = lambda name: lambda given: {name: given[name].astype(jnp.int32)}
 REFUSED = [
@@ -65,9 +83,24 @@ REFUSED = [
     (WEIGHT, lambda g: dict(scale=g['scale'].T, zero=g['zero'].T), r'expected \(2, 6\)'),
     (WEIGHT, lambda g: dict(zero=None), 'and zero the same'),
     (ATTENTION, codes(scale=lambda a: a[:, :3]), r'grids \[6 S/g 16\] of keys'),
+    (EXPERTS, lambda g: dict(x_scale=jnp.ones(3)), 'x_scale .* expected .2,., one step a matrix'),
+    (EXPERTS, lambda g: dict(scale=g['scale'][:1]), r'expected \(2, 1, 4\)'),
+    # groups
+    (INT8, lambda g: dict(group=0), 'groups of 0 rows; expected 1 or more'),
+    (EXPERTS, lambda g: dict(group=-4), 'groups of -4 rows; expected 1 or more'),
     # dtypes
     (INT8, integers('x'), 'x is int32; expected floats'),
     (INT8, integers('scale'), 'scale is int32; expected floats'),
+    (INT8, lambda g: dict(bias=jnp.ones(4, int)), 'bias is int32; expected floats'),
+    (EXPERTS, integers('x'), 'x is int32; expected floats'),
+    (EXPERTS, integers('scale'), 'scale is int32; expected floats'),
+    (EXPERTS, lambda g: dict(sizes=jnp.ones(2)), 'sizes is float32; expected integers'),
+    (CODED, integers('x'), 'x is int32; expected floats'),
+    (CODED, integers('scale'), 'scale is int32; expected floats'),
+    (CODED, lambda g: dict(sizes=jnp.ones(2)), 'sizes is float32; expected integers'),
+    (ROWS, integers('norm'), 'norm is int32; expected floats'),
+    (ROWS, integers('scale'), 'scale is int32; expected floats'),
+    (WEIGHT, integers('scale'), 'scale is int32; expected floats'),
     (WEIGHT, integers('x'), r'x is int32 .* expected floats \[\*E M K\]'),
     (WEIGHT, lambda g: dict(x=g['x'][0]), r'expected floats \[\*E M K\]'),
     (WEIGHT, integers('values'), "int32; expected uint8, as layout 'packed'"),
@@ -91,7 +124,7 @@ def test_what_does_not_fit_is_refused(op, change, says):
 
 @pytest.mark.parametrize('op', GIVEN, ids=lambda op: op.__name__)
 def test_what_the_refusals_change_is_taken_as_it_is(op):
-  assert jax.eval_shape(lambda: op(**GIVEN[op]())).shape
+  assert jax.tree.leaves(jax.eval_shape(lambda: op(**GIVEN[op]())))
 
 
 def test_a_form_of_cpus_is_refused_in_a_program_for_a_tpu():
