@@ -11,6 +11,7 @@ from lean_jax.kernels.native import library
 from lean_jax.quantization import layouts
 from lean_jax.quantization.packing import pack
 from lean_jax.quantization.spec import parse_spec
+from tests.kernels import levels
 
 native = pytest.param('native', marks=pytest.mark.skipif(
     library.why_not() is not None, reason=f'the native kernels: {library.why_not()}'))
@@ -49,7 +50,7 @@ def panels(values, bits):
 
 
 @pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
-@pytest.mark.parametrize('level', range(len(library.LEVELS)))
+@levels.EACH
 @pytest.mark.parametrize('bits', [8, 4])
 @settings(deadline=None, max_examples=4)
 @given(st.tuples(st.sampled_from([1, 2, 7, 16, 19]), st.integers(1, 90),
@@ -70,7 +71,7 @@ def test_every_level_of_the_native_kernel_equals_the_reference(level, bits, shap
 
 
 @pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
-@pytest.mark.parametrize('level', range(len(library.LEVELS)))
+@levels.EACH
 @pytest.mark.parametrize('M', [1, 3, 260])
 def test_large_products_are_exact_in_their_integers_and_in_order(level, M):
   # More columns than a span, more rows than are laid out at a time; the sums reach 2 ** 27.

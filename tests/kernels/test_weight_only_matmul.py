@@ -9,6 +9,7 @@ from lean_jax.kernels.weight_only_matmul import api, cpu, reference
 from lean_jax.quantization import formats, layouts
 from lean_jax.quantization.packing import pack
 from lean_jax.quantization.spec import parse_spec
+from tests.kernels import levels
 
 native = pytest.mark.skipif(library.why_not() is not None,
                             reason=f'the native kernels: {library.why_not()}')
@@ -40,7 +41,7 @@ def test_an_implementation_equals_the_reference(scheme, shape):
 
 
 @native
-@pytest.mark.parametrize('level', range(len(library.LEVELS)))
+@levels.EACH
 @pytest.mark.parametrize('scheme', ['w8a16', 'w8a16-g32-asym', 'w4a16-g32', 'w4a16-g32-asym',
                                     'w2a16-g32', 'nf4-g32-dq', 'fp4-g32', 'mxfp4', 'w4a16-tensor'])
 def test_every_level_of_the_native_kernel_equals_the_reference(level, scheme):
@@ -62,7 +63,7 @@ def test_every_level_of_the_native_kernel_equals_the_reference(level, scheme):
 
 
 @native
-@pytest.mark.parametrize('level', range(len(library.LEVELS)))
+@levels.EACH
 def test_a_power_of_two_that_is_none_is_a_nan_of_its_group_alone(level):
   x, values, scale, zero, spec = operands('mxfp4', (2, 48, 70))      # inputs twice: groups of 32
   got = cpu.weight_only_matmul(x, values, scale.at[1, 3].set(255), zero, spec, level)
