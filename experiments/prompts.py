@@ -22,7 +22,7 @@ seeds; a run ends with exit code 1 where one fails:
     fine-tuning on E2E. Here: a ROUGE-L of at most 3 points less, and fewer nats than before.
 
 A prefix's parameters are those that remain once its MLP is left out, and a head's are not counted.
-Rates were chosen on rows that no figure here is of.
+Rates of bottlenecks, prefixes and P-tuning v2 were chosen on rows that no figure here is of.
 """
 import argparse
 import csv

@@ -49,7 +49,6 @@ def panels(values, bits):
   return layouts.arranged(values, parse_spec(f'w{bits}a8'), 'panels')
 
 
-@pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
 @levels.EACH
 @pytest.mark.parametrize('bits', [8, 4])
 @settings(deadline=None, max_examples=4)
@@ -70,7 +69,6 @@ def test_every_level_of_the_native_kernel_equals_the_reference(level, bits, shap
       np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * most)
 
 
-@pytest.mark.skipif(library.why_not() is not None, reason='there are no native kernels')
 @levels.EACH
 @pytest.mark.parametrize('M', [1, 3, 260])
 def test_large_products_are_exact_in_their_integers_and_in_order(level, M):

@@ -40,7 +40,6 @@ def test_an_implementation_equals_the_reference(scheme, shape):
     np.testing.assert_allclose(got, want, atol=bound, rtol=0)
 
 
-@native
 @levels.EACH
 @pytest.mark.parametrize('scheme', ['w8a16', 'w8a16-g32-asym', 'w4a16-g32', 'w4a16-g32-asym',
                                     'w2a16-g32', 'nf4-g32-dq', 'fp4-g32', 'mxfp4', 'w4a16-tensor'])
@@ -62,7 +61,6 @@ def test_every_level_of_the_native_kernel_equals_the_reference(level, scheme):
       np.testing.assert_allclose(got, want, atol=bound, rtol=0)
 
 
-@native
 @levels.EACH
 def test_a_power_of_two_that_is_none_is_a_nan_of_its_group_alone(level):
   x, values, scale, zero, spec = operands('mxfp4', (2, 48, 70))      # inputs twice: groups of 32
